@@ -1,0 +1,23 @@
+"""The reference backend: the q/dq graph as it is, on any device."""
+
+from __future__ import annotations
+
+import copy
+
+from torch.fx import GraphModule
+
+from qwt_fx.errors import PreconditionError
+from qwt_fx.graph import graph_info
+
+
+class Eager:
+    """Runs quantize and dequantize operators one by one; the outputs define the others' target."""
+
+    def lower(self, quantized: GraphModule) -> GraphModule:
+        """A copy of the graph. Raises `PreconditionError` for a graph not converted, or one that
+        no integer type can hold."""
+        if any(n.op == "call_module" for n in quantized.graph.nodes):
+            raise PreconditionError("the graph is not converted: call qwt_fx.convert first")
+        if reason := graph_info(quantized).unstorable:
+            raise PreconditionError(f"cannot lower: {reason}")
+        return copy.deepcopy(quantized)

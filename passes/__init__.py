@@ -1,0 +1,27 @@
+"""Graph passes, each usable alone on a captured graph; `PassManager` runs an ordered tuple of them."""
+
+from __future__ import annotations
+
+from qwt_fx.pass_base import Change, Pass, PassManager, PassResult, Skip
+from qwt_fx.passes.convert_to_integers import ConvertToIntegers
+from qwt_fx.passes.decompose_attention import DecomposeAttention
+from qwt_fx.passes.fold_channel_wise import FoldChannelWise
+from qwt_fx.passes.insert_compensation import InsertCompensation
+from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
+from qwt_fx.passes.insert_observers import InsertObservers
+from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
+
+__all__ = [
+    "Change",
+    "ConvertToIntegers",
+    "DecomposeAttention",
+    "FoldChannelWise",
+    "InsertCompensation",
+    "InsertLogSqrt2Softmax",
+    "InsertObservers",
+    "Pass",
+    "PassManager",
+    "PassResult",
+    "ReparameterizeLayerNorm",
+    "Skip",
+]

@@ -1,0 +1,105 @@
+"""Converts fake_quants to integer weights and q/dq operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx import ops, torch_ao
+from qwt_fx.errors import NotCalibratedError, PostconditionError
+from qwt_fx.fake_quant import FakeQuant
+from qwt_fx.graph import add_tensor, tensor_of
+from qwt_fx.norms import fake_quant_of, is_fake_quant
+from qwt_fx.pass_base import Change, Pass, Skip
+from qwt_fx.qparams import LOG_SQRT2, along_axis
+
+
+@dataclass(frozen=True)
+class ConvertToIntegers(Pass):
+    """Replace every `FakeQuant` by what it simulated; the outputs stay bit-identical.
+
+    Weights become uint8 tensors behind `dequantize_per_channel`, activations pass
+    `quantize_per_tensor` and `dequantize_per_tensor`; the log-sqrt2 code and non-integer zero
+    points use `qwt_fx::` operators. Run again, nothing is left to convert. Raises
+    `NotCalibratedError` for a quantizer without a scale.
+    """
+
+    preserves_fp: ClassVar[bool] = False
+
+    def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
+        """See the class."""
+        for node in [n for n in gm.graph.nodes if is_fake_quant(gm, n)]:
+            module = fake_quant_of(gm, node)
+            if module.scale is None:
+                raise NotCalibratedError(f"{module.name} has no scale: calibrate first")
+            source = node.args[0]
+            assert isinstance(source, Node)  # a FakeQuant reads one tensor
+            weight = tensor_of(gm, source)
+            with gm.graph.inserting_before(node):
+                if weight is not None and module.spec.integer_zero_point:
+                    new = _integer_weight(gm, source, weight, module)
+                else:
+                    new = _activation(gm, source, module)
+            new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+            yield Change(module.name, str(new.target))
+
+    def ensures(self, gm: GraphModule) -> None:
+        """No `FakeQuant` may be left."""
+        left = [n.name for n in gm.graph.nodes if n.op == "call_module"]
+        if left:
+            raise PostconditionError(f"{self.name}: modules are left in the graph: {left[:3]}")
+
+
+def _integer_weight(gm: GraphModule, source: Node, weight: Tensor, module: FakeQuant) -> Node:
+    scale, zero_point, spec = module.scale, module.zero_point, module.spec
+    assert scale is not None and zero_point is not None and spec.ch_axis is not None
+    axis = spec.ch_axis % weight.dim()
+    zeros = zero_point.to(torch.int64)
+    limits = (spec.quant_min, spec.quant_max, torch.uint8)
+    codes = torch_ao.QUANTIZE_PER_CHANNEL(weight.detach(), scale, zeros, axis, *limits)
+    name = str(source.target)
+    codes_node = add_tensor(gm, f"{name}_codes", codes)
+    scale_node = add_tensor(gm, f"{name}_scale", scale)
+    zeros_node = add_tensor(gm, f"{name}_zero_point", zeros)
+    return gm.graph.call_function(
+        torch_ao.DEQUANTIZE_PER_CHANNEL, (codes_node, scale_node, zeros_node, axis, *limits)
+    )
+
+
+def _activation(gm: GraphModule, source: Node, module: FakeQuant) -> Node:
+    scale, zero_point, spec = module.scale, module.zero_point, module.spec
+    assert scale is not None  # checked by the caller
+    call = gm.graph.call_function
+    if spec.scheme == LOG_SQRT2:
+        if not spec.reserve_zero:
+            return call(ops.FAKE_QUANTIZE_LOG_SQRT2, (source, float(scale), spec.bits))
+        codes = call(ops.QUANTIZE_LOG_SQRT2, (source, float(scale), spec.bits))
+        return call(ops.DEQUANTIZE_LOG_SQRT2, (codes, float(scale), spec.bits))
+    assert zero_point is not None  # affine quantizers have both
+    limits: tuple[Any, ...] = (spec.quant_min, spec.quant_max)
+    if not spec.integer_zero_point:
+        value = tensor_of(gm, source)
+        rank = value.dim() if value is not None else 1
+        axis = spec.ch_axis
+        scale_node = add_tensor(gm, f"{module.name}_scale", along_axis(scale, axis, rank))
+        zeros_node = add_tensor(gm, f"{module.name}_zero_point", along_axis(zero_point, axis, rank))
+        return call(ops.FAKE_QUANTIZE_AFFINE, (source, scale_node, zeros_node, *limits))
+    limits = (*limits, torch.uint8)
+    if spec.ch_axis is None:
+        qparams = (float(scale), int(zero_point), *limits)
+        codes = call(torch_ao.QUANTIZE_PER_TENSOR, (source, *qparams))
+        return call(torch_ao.DEQUANTIZE_PER_TENSOR, (codes, *qparams))
+    scale_node = add_tensor(gm, f"{module.name}_scale", scale)
+    zeros_node = add_tensor(gm, f"{module.name}_zero_point", zero_point.to(torch.int64))
+    shape = source.meta["val"].dim() if "val" in source.meta else None
+    axis = spec.ch_axis if shape is None else spec.ch_axis % shape
+    channel = (scale_node, zeros_node, axis, *limits)
+    codes = call(torch_ao.QUANTIZE_PER_CHANNEL, (source, *channel))
+    return call(torch_ao.DEQUANTIZE_PER_CHANNEL, (codes, *channel))

@@ -1,0 +1,188 @@
+"""Inserts a `FakeQuant` at every activation and weight that the configuration quantizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+
+from qwt_fx.config import QuantConfig
+from qwt_fx.errors import ConfigError
+from qwt_fx.fake_quant import FakeQuant
+from qwt_fx.graph import (
+    CONVOLUTIONS,
+    MATMULS,
+    SDPA,
+    SHAPE_ONLY,
+    SOFTMAXES,
+    add_module,
+    argument,
+    compute_nodes,
+    graph_info,
+    is_call,
+    is_constant,
+    layer_name,
+    tensor_of,
+    through_shape_ops,
+    weight_layers,
+)
+from qwt_fx.norms import NORMS, why_not_reparameterizable
+from qwt_fx.pass_base import Change, Pass, Skip
+from qwt_fx.qparams import QuantSpec
+
+# The input of the patch embedding is an image of 8-bit pixels: fewer bits would lose data that
+# cost nothing, and the published code keeps 8 too.
+IMAGE_BITS = 8
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Put a `FakeQuant`, switched off, at each quantized input and weight.
+
+    * linear and convolution weights: per output channel;
+    * a linear that reads a norm which can be reparameterized: input per channel (RepQ-ViT 3.2);
+    * every other linear and convolution: input per tensor, 8 bits where it is the model's input;
+    * with `attention` other than "none": q, k, v per tensor and the softmax output, which
+      `InsertLogSqrt2Softmax` may have taken already.
+
+    One value read by several layers with the same quantizer gets one `FakeQuant`. Run again, it
+    finds every site taken and changes nothing. Raises `ConfigError` for an override that matches
+    no layer.
+    """
+
+    config: QuantConfig
+    preserves_fp: ClassVar[bool] = True
+
+    def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
+        """See the class."""
+        layers = list(weight_layers(gm))
+        names = [layer_name(node) for node in layers]
+        if unmatched := self.config.unmatched_overrides(names):
+            raise ConfigError(
+                f"override {unmatched[0]!r} matches no layer; layers are named like {names[:3]}"
+            )
+        info = graph_info(gm)
+        info.config = self.config.to_dict()
+        if self.config.compat == "original":
+            info.unstorable = (
+                "compat='original' keeps the published code's non-integer, unclamped zero points, "
+                "which no integer type can store; quantize with compat='none'"
+            )
+        shared: dict[tuple[Node, QuantSpec], Node] = {}
+        for node in layers:
+            yield from self._layer(gm, node, shared)
+        for node in list(compute_nodes(gm)):
+            if node not in layers:
+                yield from self._matmul(gm, node, shared)
+
+    def _layer(
+        self, gm: GraphModule, node: Node, shared: dict[tuple[Node, QuantSpec], Node]
+    ) -> Iterator[Change | Skip]:
+        name = layer_name(node)
+        bits = self.config.bits_for(name)
+        if not bits.quantized:
+            yield Skip(name, "left in floating point by the configuration")
+            return
+        source, weight = node.args[0], node.args[1]
+        if not isinstance(source, Node) or not isinstance(weight, Node):
+            yield Skip(name, "its input or weight is not a tensor of the graph")
+            return
+        if source.op == "call_module" or weight.op == "call_module":
+            return  # taken already
+        if tensor_of(gm, weight) is None:
+            yield Skip(name, "its weight is computed, not a parameter")
+            return
+        done = []
+        if bits.activation is not None:
+            spec = self._input_spec(gm, node, source, bits.activation)
+            self._insert(gm, node, 0, spec, f"{name}.input", shared)
+            done.append(f"input {spec.bits} bits")
+        if bits.weight is not None:
+            spec = self._spec(bits.weight, ch_axis=0)
+            self._insert(gm, node, 1, spec, f"{name}.weight", shared)
+            done.append(f"weight {spec.bits} bits")
+        yield Change(name, ", ".join(done))
+
+    def _spec(
+        self, bits: int, *, ch_axis: int | None = None, include_zero: bool = True
+    ) -> QuantSpec:
+        deployable = self.config.compat == "none"
+        return QuantSpec(
+            bits,
+            ch_axis=ch_axis,
+            integer_zero_point=deployable,
+            include_zero=deployable and include_zero,
+            reserve_zero=deployable,
+        )
+
+    def _input_spec(self, gm: GraphModule, node: Node, source: Node, bits: int) -> QuantSpec:
+        origin = through_shape_ops(source)
+        if node.target in CONVOLUTIONS:
+            return self._spec(IMAGE_BITS if origin.op == "placeholder" else bits)
+        if is_call(origin, NORMS) and why_not_reparameterizable(gm, origin) is None:
+            # Any integer zero point is legal per channel: folding replaces it.
+            return self._spec(bits, ch_axis=-1, include_zero=False)
+        return self._spec(bits)
+
+    def _insert(
+        self,
+        gm: GraphModule,
+        node: Node,
+        index: int,
+        spec: QuantSpec,
+        name: str,
+        shared: dict[tuple[Node, QuantSpec], Node],
+    ) -> None:
+        source = node.args[index]
+        assert isinstance(source, Node)  # checked by the callers
+        key = (source, spec)
+        if key not in shared:
+            target = add_module(gm, "fake_quant_0", FakeQuant(spec, name))
+            with gm.graph.inserting_after(source):
+                call = gm.graph.call_module(target, (source,))
+            call.meta = {k: v for k, v in source.meta.items() if k in ("val", "nn_module_stack")}
+            shared[key] = call
+        node.update_arg(index, shared[key])
+
+    def _matmul(
+        self, gm: GraphModule, node: Node, shared: dict[tuple[Node, QuantSpec], Node]
+    ) -> Iterator[Change | Skip]:
+        name = layer_name(node)
+        bits = self.config.bits_for(name).activation
+        if node.target is SDPA:
+            if self.config.attention == "none":
+                yield Skip(name, "attention stays in floating point (attention='none')")
+            else:
+                yield Skip(name, "is not decomposed: run DecomposeAttention first")
+            return
+        operands = [a for a in node.args[:2] if isinstance(a, Node)]
+        if len(operands) < 2 or node.target not in MATMULS:
+            yield Skip(name, f"{node.target} is not quantized")
+            return
+        if any(is_constant(a) for a in operands):
+            yield Skip(name, "a bare matmul with a parameter (final projection), not a linear")
+            return
+        if self.config.attention == "none" or bits is None:
+            yield Skip(name, "attention stays in floating point (attention='none')")
+            return
+        for index, operand in enumerate(operands):
+            if operand.op == "call_module" or self._is_log_quantized(operand):
+                continue
+            which = "probabilities" if self._is_softmax(operand) else f"operand {index}"
+            self._insert(gm, node, index, self._spec(bits), f"{name}.{which}", shared)
+        yield Change(name, f"operands {bits} bits")
+
+    @staticmethod
+    def _is_softmax(node: Node) -> bool:
+        return is_call(node, SOFTMAXES)
+
+    @staticmethod
+    def _is_log_quantized(node: Node) -> bool:
+        while is_call(node, SHAPE_ONLY):
+            source = argument(node, 0, "self")
+            if not isinstance(source, Node):
+                return False
+            node = source
+        return node.op == "call_module"

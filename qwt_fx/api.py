@@ -1,0 +1,222 @@
+"""The functions users call: prepare, calibrate, convert, lower, quantize, save, load, report.
+
+No maths here: this module orders the passes.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from qwt_fx.artifact import load_graph, save_graph
+from qwt_fx.backends import backend_for
+from qwt_fx.capture import capture
+from qwt_fx.config import QuantConfig
+from qwt_fx.errors import NotCalibratedError
+from qwt_fx.fake_quant import Mode
+from qwt_fx.graph import graph_info, set_graph_info
+from qwt_fx.measure import measure_layers
+from qwt_fx.norms import fake_quant_of
+from qwt_fx.observe import config_of, fake_quant_nodes, observe, set_mode
+from qwt_fx.pass_base import Pass, PassManager, clean_up
+from qwt_fx.passes.convert_to_integers import ConvertToIntegers
+from qwt_fx.passes.decompose_attention import DecomposeAttention
+from qwt_fx.passes.fold_channel_wise import FoldChannelWise
+from qwt_fx.passes.insert_compensation import InsertCompensation
+from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
+from qwt_fx.passes.insert_observers import InsertObservers
+from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
+from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
+from qwt_fx.recipes import compensation_for, recipe_for
+from qwt_fx.report import build_report
+from qwt_fx.runner import check_batches
+
+__all__ = [
+    "calibrate", "capture", "compensations", "convert", "load", "lower", "observe", "prepare",
+    "qparams", "quantize", "report", "save", "simulate",
+]  # fmt: skip
+
+Seconds = dict[str, float]
+Progress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def _timed(seconds: Seconds | None, phase: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    yield
+    if seconds is not None:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begun
+
+
+def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
+    """A copy of a captured graph with observers inserted and switched off: it computes FP32.
+
+    Raises `ConfigError` for an override that matches no layer.
+    """
+    prepared = copy.deepcopy(gm)
+    steps: list[Pass] = []
+    if config.attention != "none" or config.compat == "original":
+        # The published code computes attention in separate operators; the fused one rounds
+        # differently, and a rounding flip at 6 bits moves later ranges by percents.
+        steps.append(DecomposeAttention())
+    if config.attention == "log2" and config.bits_for("").activation is not None:
+        steps.append(InsertLogSqrt2Softmax(config.a_bits, reserve_zero=config.compat == "none"))
+    PassManager((*steps, InsertObservers(config)))(prepared)
+    return prepared
+
+
+def _floating_twin(prepared: GraphModule) -> GraphModule:
+    """The prepared graph without its quantizers, sharing every tensor with it."""
+    twin = GraphModule(prepared, copy.deepcopy(prepared.graph))
+    set_graph_info(twin, copy.deepcopy(graph_info(prepared)))
+    for node in fake_quant_nodes(twin):
+        source = node.args[0]
+        node.replace_all_uses_with(source)  # type: ignore[arg-type]
+        twin.graph.erase_node(node)
+    clean_up(twin)
+    return twin
+
+
+def calibrate(
+    prepared: GraphModule,
+    batches: Any,
+    *,
+    seconds: Seconds | None = None,
+    progress: Progress | None = None,
+) -> GraphModule:
+    """Every data-dependent step, in order and in place: ranges, reparameterization, compensation.
+
+    Args:
+        prepared: what `prepare` returned.
+        batches: a list (or re-iterable) of tuples of tensors, or of tensors for one-input models.
+        seconds: gets the time of each phase, in seconds, added under "calibrate",
+            "reparameterize" and "compensate".
+        progress: called as progress(phase, done, total).
+
+    Raises `DataError` for a generator, no batch, or values that are not finite.
+    """
+    config = config_of(prepared)
+    recipe = recipe_for(config)
+    listed = check_batches(batches)
+    reference = _floating_twin(prepared)
+    with _timed(seconds, "calibrate"):
+        if fake_quant_nodes(prepared):
+            observe(prepared, listed)
+    with _timed(seconds, "reparameterize"):
+        if fake_quant_nodes(prepared):
+            PassManager((ReparameterizeLayerNorm(), FoldChannelWise()))(prepared)
+    with _timed(seconds, "compensate"):
+        if compensation_for(config) != "none" and fake_quant_nodes(prepared):
+            InsertCompensation(
+                reference,
+                listed,
+                kind=compensation_for(config),
+                hold_out=config.hold_out if recipe.held_out else 0.0,
+                token_masks=recipe.token_masks,
+                half=recipe.half_compensation,
+                progress=progress and (lambda done, total: progress("compensate", done, total)),
+            )(prepared)
+    with _timed(seconds, "calibrate"):
+        if fake_quant_nodes(prepared):
+            measure_layers(prepared, listed[0])
+    return prepared
+
+
+def convert(prepared: GraphModule) -> GraphModule:
+    """A copy of a calibrated graph with integer weights and q/dq operators; needs no data.
+
+    Raises `NotCalibratedError` for a quantizer without a scale.
+    """
+    converted = copy.deepcopy(prepared)
+    ConvertToIntegers()(converted)
+    return converted
+
+
+def quantize(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Tensor,
+    batches: Any,
+    config: QuantConfig | None = None,
+    *,
+    seconds: Seconds | None = None,
+    progress: Progress | None = None,
+) -> GraphModule:
+    """Capture (unless captured), prepare, calibrate and convert in one call.
+
+    Args:
+        model: a module, or a graph from `capture`; it is not changed.
+        example_inputs: a tuple of tensors, any batch size.
+        batches: calibration batches; see `calibrate`.
+        config: how to quantize; default `QuantConfig()`.
+
+    Returns a `torch.fx.GraphModule` that is called like the model and returns its structure.
+    """
+    with _timed(seconds, "capture"):
+        graph = capture(model, example_inputs)
+        prepared = prepare(graph, config or QuantConfig())
+    return convert(calibrate(prepared, batches, seconds=seconds, progress=progress))
+
+
+def lower(quantized: GraphModule, backend: str = "eager") -> GraphModule:
+    """Lower a converted graph to a backend. Raises `ConfigError` for an unknown one."""
+    return backend_for(backend).lower(quantized)
+
+
+def simulate(calibrated: GraphModule, on: bool) -> GraphModule:
+    """Switch a calibrated graph's quantizers on, or off for floating point, in place."""
+    for node in fake_quant_nodes(calibrated):
+        module = fake_quant_of(calibrated, node)
+        if on and not module.calibrated:
+            raise NotCalibratedError(f"{module.name} has no scale: calibrate first")
+    set_mode(calibrated, Mode.ON if on else Mode.OFF)
+    return calibrated
+
+
+def compensations(quantized: GraphModule) -> dict[str, dict[str, Any]]:
+    """The compensation of each compensated block.
+
+    Returns `{block: {"W": (in, out), "b": (out,), "r2": float, "r2_held_out": float | None}}`;
+    W and b float32 tensors.
+    """
+    records = graph_info(quantized).compensations
+    return {
+        block: {
+            "W": weight,
+            "b": bias,
+            "r2": records[block]["r2"],
+            "r2_held_out": records[block]["r2_held_out"],
+        }
+        for block, (weight, bias) in compensation_tensors(quantized).items()
+    }
+
+
+def report(quantized: GraphModule) -> dict[str, Any]:
+    """The report of one quantized graph, every key of report.json, `None` where not measured."""
+    config = config_of(quantized)
+    known = {"size": {"compensation_bytes": compensation_bytes(quantized)}}
+    return build_report({"model": quantized}, config, **known)
+
+
+def save(quantized: GraphModule, path: str | PathLike[str], *, force: bool = False) -> None:
+    """Save one converted graph as an artifact directory, atomically.
+
+    Raises `ArtifactError` for a graph that cannot be stored, `OutputError` for a target that must
+    not be replaced.
+    """
+    save_graph(quantized, Path(path), force=force)
+
+
+def load(path: str | PathLike[str]) -> GraphModule:
+    """Load a graph saved by `save`; its results are bit-identical.
+
+    Raises `ArtifactError` for a damaged artifact, or one of the CLI, which `clip.load` reads.
+    """
+    return load_graph(Path(path))

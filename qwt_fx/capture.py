@@ -1,0 +1,181 @@
+"""Captures a model into a canonical ATen graph with a dynamic batch dimension.
+
+`torch.export` does the capture; `qwt_fx.canonicalize` then removes what it adds for its own checks
+and what computes nothing, and leaves no literal device in the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule
+
+from qwt_fx.blocks import find_blocks, module_path
+from qwt_fx.canonicalize import canonicalize
+from qwt_fx.errors import CaptureError
+from qwt_fx.graph import (
+    SDPA,
+    GraphInfo,
+    argument,
+    compute_nodes,
+    has_graph_info,
+    set_graph_info,
+    strip_weight,
+)
+
+_MAX_BATCH = 1 << 20
+
+
+def _batch_size(tensors: Mapping[str, Any]) -> int:
+    sizes = {
+        name: int(value.shape[0])
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and value.dim() > 0
+    }
+    if not sizes:
+        raise CaptureError("example_inputs: no tensor with a batch dimension was given")
+    if len(set(sizes.values())) > 1:
+        raise CaptureError(f"example_inputs: batch sizes differ: {sizes}; give all the same")
+    return next(iter(sizes.values()))
+
+
+def _with_two_samples(value: Any, batch: int) -> Any:
+    """Export treats sizes 0 and 1 as constants, so a single sample is repeated."""
+    if isinstance(value, Tensor) and value.dim() > 0 and batch == 1:
+        return value.repeat(2, *([1] * (value.dim() - 1)))
+    return value
+
+
+@contextmanager
+def _export_conditions(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no fused attention kernel that would hide the block's structure."""
+    modes = [(module, module.training) for module in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, training in modes:
+            module.training = training
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    strict: bool,
+) -> ExportedProgram:
+    batch = Dim("batch", min=1, max=_MAX_BATCH)
+    values = dict(zip(names, (*args, *kwargs.values()), strict=True))
+    dynamic = {
+        name: {0: batch} if isinstance(value, Tensor) and value.dim() > 0 else None
+        for name, value in values.items()
+    }
+    try:
+        return export(model, args, kwargs, dynamic_shapes=dynamic, strict=strict)
+    except Exception as error:  # torch.export raises many kinds; each means "cannot capture"
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__} with a dynamic batch "
+            f"dimension: {type(error).__name__}: {first[0]}"
+        ) from error
+
+
+def _argument_names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"{type(model).__name__}.forward: example_inputs: {error}") from error
+    kinds = {p.kind for p in bound.signature.parameters.values() if p.name in bound.arguments}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        extra = [n for n in kwargs if n not in bound.signature.parameters]
+        if extra or inspect.Parameter.VAR_POSITIONAL in kinds:
+            raise CaptureError(
+                f"{type(model).__name__}.forward takes *args or **kwargs for {extra or 'its inputs'}: "
+                "wrap it in a module with named inputs"
+            )
+    return list(bound.arguments)
+
+
+def _name_layers(gm: GraphModule) -> None:
+    """Name every multiplying node by its parameter, or by the module that made it."""
+    used: dict[str, int] = {}
+    for node in compute_nodes(gm):
+        weight = argument(node, 1, "weight")
+        if getattr(weight, "op", None) == "get_attr":
+            name = strip_weight(str(weight.target))
+        elif node.target is SDPA:
+            name = module_path(node) or node.name
+        else:
+            name = f"{module_path(node)}.{node.name}".lstrip(".")
+        count = used.get(name, 0)
+        used[name] = count + 1
+        # A module that is called twice gives two layers of one name.
+        node.meta["layer"] = name if count == 0 else f"{name}@{count}"
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | Tensor,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    strict: bool = False,
+) -> GraphModule:
+    """Capture a model as a graph of ATen ops whose batch dimension is dynamic.
+
+    Args:
+        model: any module `torch.export` can trace; it is captured in evaluation mode.
+        example_inputs: a tuple of tensors (or one tensor) whose first dimension is the batch; any
+            batch size, 1 included.
+        kwargs: keyword inputs of `forward`.
+        strict: capture with TorchDynamo instead of tracing.
+
+    Returns:
+        A `GraphModule` called like the model and returning its output structure, with the
+        transformer blocks recorded. A graph captured before is returned as it is.
+
+    Raises:
+        CaptureError: the model cannot be exported with a dynamic batch; the message names the node
+            or the first reason of torch.export.
+    """
+    if isinstance(model, GraphModule) and has_graph_info(model):
+        return model
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, tuple):
+        raise CaptureError(
+            f"example_inputs: got {type(example_inputs).__name__}, wanted a tuple of tensors"
+        )
+    named = dict(kwargs or {})
+    names = _argument_names(model, example_inputs, named)
+    batch = _batch_size(dict(zip(names, (*example_inputs, *named.values()), strict=True)))
+    args = tuple(_with_two_samples(value, batch) for value in example_inputs)
+    named = {name: _with_two_samples(value, batch) for name, value in named.items()}
+    with _export_conditions(model):
+        program = _export(model, args, named, names, strict)
+        if any(_mutates(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # functionalizes in-place ops, nothing else
+        gm = program.module()
+    if not isinstance(gm, GraphModule):
+        raise CaptureError(f"torch.export returned {type(gm).__name__}, wanted a GraphModule")
+    canonicalize(gm)
+    _name_layers(gm)
+    set_graph_info(gm, GraphInfo(blocks=find_blocks(gm)))
+    return gm
+
+
+def _mutates(node: Any) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)

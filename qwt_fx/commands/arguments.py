@@ -1,0 +1,153 @@
+"""The flags of the program, in the groups of the contract: MODEL, CALIBRATION, QUANT, EVAL."""
+
+from __future__ import annotations
+
+import argparse
+
+from qwt_fx import config as quant
+from qwt_fx.errors import ConfigError
+
+CHOICES = {"fp32_eval": "none", "image_only": "image", "all_quant": "both"}
+TOWER_SETS = {"none": (), "image": ("image",), "text": ("text",), "both": ("image", "text")}
+DEFAULT_SAMPLES = 512
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted at least 0")
+    return value
+
+
+def bits(text: str) -> int:
+    """A bit width: 2..8, or 16 / 32 for not quantized."""
+    value = int(text)
+    if not quant.MIN_BITS <= value <= quant.MAX_BITS and value not in quant.FLOAT_BITS:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted 2..8 (16 or 32 = not quantized)")
+    return value
+
+
+def override(text: str) -> tuple[str, str]:
+    """`GLOB=wNaM` or `GLOB=skip`."""
+    glob, equals, value = text.rpartition("=")
+    if not equals or not glob:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted GLOB=w8a8 or GLOB=skip")
+    try:
+        quant.parse_override(glob, value)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return glob, value
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL (contract 1.1)."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="NAME|FILE.json", help="open_clip name or config JSON")
+    group.add_argument("--pretrained", metavar="TAG|FILE", help="open_clip tag or checkpoint file")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda[:N] (default auto)")
+    group.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="of the parts that stay in floating point (default fp32)",
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """CALIBRATION (contract 1.2)."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--train-data", metavar="SPEC", help="shards, brace ranges, :: joined")
+    group.add_argument(
+        "--dataset-type", choices=("webdataset", "imagefolder", "csv"), default="webdataset"
+    )
+    group.add_argument(
+        "--calib-samples", type=positive, metavar="N", help=f"default {DEFAULT_SAMPLES}"
+    )
+    group.add_argument("--iter", type=positive, metavar="K", help="= --calib-samples K*B")
+    group.add_argument("--batch-size", type=positive, default=128, metavar="B")
+    group.add_argument("--workers", type=natural, default=0, metavar="N")
+    group.add_argument("--seed", type=natural, default=1)
+
+
+def add_quant(parser: argparse.ArgumentParser) -> None:
+    """QUANT (contract 1.3)."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--choice", choices=tuple(CHOICES), help="default all_quant")
+    group.add_argument("--towers", choices=tuple(TOWER_SETS))
+    group.add_argument("--wq_params", "--w-bits", dest="w_bits", type=bits, default=8, metavar="N")
+    group.add_argument("--aq_params", "--a-bits", dest="a_bits", type=bits, default=8, metavar="N")
+    group.add_argument("--recipe", choices=quant.RECIPES, default="best")
+    group.add_argument("--compat", choices=quant.COMPATS, default="none")
+    group.add_argument("--compensation", choices=quant.COMPENSATIONS, default="auto")
+    group.add_argument(
+        "--qwerty",
+        "--qwt",
+        dest="compensation",
+        action="store_const",
+        const="qwt",
+        help="= --compensation qwt",
+    )
+    group.add_argument("--attention", choices=quant.ATTENTIONS, default="none")
+    group.add_argument(
+        "--override", action="append", type=override, metavar="GLOB=w8a8|skip", default=[]
+    )
+    group.add_argument("--config", metavar="FILE.toml", help="any of these flags; flags win")
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """EVAL (contract 1.4)."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--imagenet-val", metavar="DIR", help="class folders with images")
+    group.add_argument("--classnames", metavar="FILE", help="one per line, sorted-folder order")
+    group.add_argument("--templates", metavar="FILE", help="one per line, with {}")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command."""
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+
+
+def towers_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """The towers `--choice` or `--towers` names. Raises `ConfigError` when the two differ."""
+    from_choice = None if args.choice is None else CHOICES[args.choice]
+    if from_choice is not None and args.towers is not None and from_choice != args.towers:
+        raise ConfigError(
+            f"--choice {args.choice} means --towers {from_choice}, but --towers is {args.towers}; "
+            "give one of them"
+        )
+    return TOWER_SETS[args.towers or from_choice or "both"]
+
+
+def samples_of(args: argparse.Namespace) -> int:
+    """Calibration samples. Raises `ConfigError` when `--iter` and `--calib-samples` differ."""
+    by_batches = None if args.iter is None else args.iter * args.batch_size
+    if by_batches is not None and args.calib_samples not in (None, by_batches):
+        raise ConfigError(
+            f"--iter {args.iter} x --batch-size {args.batch_size} = {by_batches} samples, but "
+            f"--calib-samples is {args.calib_samples}; give one of them"
+        )
+    return by_batches or args.calib_samples or DEFAULT_SAMPLES
+
+
+def quant_config(args: argparse.Namespace) -> quant.QuantConfig:
+    """The validated `QuantConfig` of the flags."""
+    return quant.QuantConfig(
+        w_bits=args.w_bits,
+        a_bits=args.a_bits,
+        recipe=args.recipe,
+        compat=args.compat,
+        compensation=args.compensation,
+        attention=args.attention,
+        overrides=dict(args.override),
+    )

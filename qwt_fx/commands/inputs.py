@@ -1,0 +1,92 @@
+"""From flags to a model, calibration data and an evaluation set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from qwt_fx import clip
+from qwt_fx.classes import ClassPrompts, resolve
+from qwt_fx.clip import ClipModel
+from qwt_fx.commands.arguments import samples_of
+from qwt_fx.commands.pipeline import Evaluation
+from qwt_fx.commands.screen import Screen
+from qwt_fx.data import CalibrationData, load_calibration
+from qwt_fx.errors import ConfigError
+from qwt_fx.imagefolder import open_validation
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device `--device` names. Raises `ConfigError` when it is unknown or absent."""
+    name = args.device
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device: got {name!r}, wanted auto, cpu or cuda[:N]") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: got {name!r}, wanted auto, cpu or cuda[:N]")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are here")
+    return str(device)
+
+
+def load_model(args: argparse.Namespace) -> ClipModel:
+    """The model of `--model` and `--pretrained`."""
+    if args.model is None:
+        raise ConfigError("--model is needed: an open_clip name or a config JSON")
+    return clip.load(args.model, args.pretrained, device=device_of(args), precision=args.precision)
+
+
+def load_batches(
+    args: argparse.Namespace,
+    model: ClipModel,
+    screen: Screen,
+    extra_batches: int,
+    prompts: ClassPrompts | None,
+) -> CalibrationData:
+    """Calibration pairs; `extra_batches` more than asked for (an off-by-one of the original)."""
+    if args.train_data is None:
+        raise ConfigError("--train-data is needed: calibration shards, a folder or a csv file")
+    with screen.phase("read calibration data") as update:
+        data = load_calibration(
+            args.train_data,
+            dataset_type=args.dataset_type,
+            transform=model.transform,
+            tokenizer=model.tokenizer,
+            samples=samples_of(args) + extra_batches * args.batch_size,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            workers=args.workers,
+            class_prompts=prompts,
+            progress=update,
+        )
+    for note in data.notes:
+        screen.note(note)
+    return data
+
+
+def open_evaluation(
+    args: argparse.Namespace, model: ClipModel, screen: Screen
+) -> Evaluation | None:
+    """The evaluation set of `--imagenet-val`; `None` when there is none."""
+    if args.imagenet_val is None:
+        for flag in ("classnames", "templates"):
+            if getattr(args, flag) is not None:
+                raise ConfigError(f"--{flag} is given, but --imagenet-val is not")
+        return None
+    folder = open_validation(
+        args.imagenet_val, model.transform, getattr(args, "batch_size", 128), args.workers
+    )
+    prompts = resolve(
+        folder.classes,
+        None if args.classnames is None else Path(args.classnames),
+        None if args.templates is None else Path(args.templates),
+    )
+    for note in prompts.notes:
+        screen.note(note)
+    words = [word for k in range(len(prompts.names)) for word in prompts.prompts(k)]
+    return Evaluation(folder, prompts, model.tokenizer(words), model.device)

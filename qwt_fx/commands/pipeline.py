@@ -1,0 +1,170 @@
+"""Quantizing and evaluating the two towers of a CLIP: what `quantize`, `eval` and `demo` share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from qwt_fx import api
+from qwt_fx.classes import ClassPrompts
+from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
+from qwt_fx.clip import ClipModel
+from qwt_fx.commands.screen import Screen
+from qwt_fx.config import QuantConfig
+from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_features, zero_shot
+from qwt_fx.measure import sqnr_db, tensors_of
+from qwt_fx.observe import observe
+
+TOWERS = ("image", "text")
+
+
+@dataclass
+class QuantizedClip:
+    """The towers after quantization, in the order image, text; an unquantized one is a captured graph.
+
+    `classifier` is used where the image tower alone is quantized.
+    """
+
+    towers: dict[str, GraphModule]
+    quantized: tuple[str, ...]
+    classifier: ClassifierQuantizer
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def quantize_towers(
+    model: ClipModel,
+    graphs: dict[str, GraphModule],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    config: QuantConfig,
+    towers: Sequence[str],
+    screen: Screen,
+) -> QuantizedClip:
+    """Quantize the named towers, the image tower first; `batches` are (images, texts).
+
+    `graphs` are the captured towers; the others are taken as they are.
+    """
+    seconds: dict[str, float] = {}
+    result = dict(graphs)
+    classifier = FLOATING_CLASSIFIER
+    for index, tower in enumerate(TOWERS):
+        if tower not in towers:
+            continue
+        inputs = [(batch[index].to(model.device),) for batch in batches]
+        prepared = api.prepare(graphs[tower], config)
+        if tower == "image":
+            classifier = _observe_classifier(prepared, inputs, config, seconds)
+        with screen.phase(f"{tower} tower: compensate") as update:
+            api.calibrate(
+                prepared,
+                inputs,
+                seconds=seconds,
+                progress=lambda _, done, total, update=update: update(done, total),
+            )
+        result[tower] = api.convert(prepared)
+    return QuantizedClip(result, tuple(towers), classifier, seconds)
+
+
+def _observe_classifier(
+    prepared: GraphModule,
+    inputs: Sequence[tuple[Tensor]],
+    config: QuantConfig,
+    seconds: dict[str, float],
+) -> ClassifierQuantizer:
+    """The classifier reads the first batch's features in the same pass that finds every range."""
+    begun = time.perf_counter()
+    observe(prepared, inputs)
+    with torch.no_grad():
+        features = prepared(*inputs[0])
+    classifier = ClassifierQuantizer.observe(features, config)
+    seconds["calibrate"] = seconds.get("calibrate", 0.0) + time.perf_counter() - begun
+    return classifier
+
+
+def capture_towers(model: ClipModel, seconds: dict[str, float]) -> dict[str, GraphModule]:
+    """Both towers as captured graphs."""
+    begun = time.perf_counter()
+    graphs = {
+        "image": api.capture(model.image, (model.image_example(2),)),
+        "text": api.capture(model.text, (model.text_example(2),)),
+    }
+    seconds["capture"] = seconds.get("capture", 0.0) + time.perf_counter() - begun
+    return graphs
+
+
+@dataclass
+class Evaluation:
+    """A validation set and the class prompts, ready to be embedded by any pair of towers."""
+
+    batches: Iterable[tuple[Tensor, Tensor]]
+    prompts: ClassPrompts
+    tokens: Tensor
+    device: str | torch.device
+
+    def image(self, tower: nn.Module, screen: Screen, name: str) -> tuple[Tensor, Tensor]:
+        """Image embeddings (n, e) and labels (n,)."""
+        with screen.phase(f"{name}: images") as update:
+            return image_features(tower, self.batches, self.device, update)
+
+    def text(self, tower: nn.Module, screen: Screen, name: str) -> Tensor:
+        """Prompt embeddings (p, e)."""
+        with screen.phase(f"{name}: prompts") as update:
+            return text_features(tower, self.tokens, device=self.device, progress=update)
+
+    def features(self, towers: dict[str, nn.Module], screen: Screen, name: str) -> Features:
+        """Embeddings of both towers."""
+        images, labels = self.image(towers["image"], screen, name)
+        return Features(images, self.text(towers["text"], screen, name), labels)
+
+    def classify(
+        self, features: Features, classifier: ClassifierQuantizer = FLOATING_CLASSIFIER
+    ) -> ZeroShot:
+        """Zero-shot outcome of embeddings."""
+        return zero_shot(features, len(self.prompts.templates), classifier)
+
+
+def metrics_of(
+    evaluation: Evaluation,
+    reference: Features | None,
+    quantized: Features | None,
+    towers: Sequence[str],
+    classifier: ClassifierQuantizer,
+) -> dict[str, Any]:
+    """The `metrics` entry of report.json; a side that was not evaluated stays `null`."""
+    metrics: dict[str, Any] = {}
+    exact = None if reference is None else evaluation.classify(reference)
+    if exact is not None:
+        metrics["fp32"] = exact.to_dict()
+    if quantized is not None:
+        used = classifier if tuple(towers) == ("image",) else FLOATING_CLASSIFIER
+        rounded = evaluation.classify(quantized, used)
+        metrics["quantized"] = rounded.to_dict()
+        if reference is not None and exact is not None:
+            metrics["quantized"] |= compare(reference, quantized, exact, rounded, towers)
+    return metrics
+
+
+def calibration_sqnr(
+    graphs: dict[str, GraphModule],
+    result: QuantizedClip,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    device: str | torch.device,
+) -> dict[str, float | None]:
+    """Embedding SQNR in dB of the quantized towers on the calibration samples."""
+    found: dict[str, float | None] = dict.fromkeys(TOWERS)
+    for index, tower in enumerate(TOWERS):
+        if tower not in result.quantized:
+            continue
+        exact, rounded = [], []
+        with torch.no_grad():
+            for batch in batches:
+                inputs = batch[index].to(device)
+                exact += tensors_of(graphs[tower](inputs))
+                rounded += tensors_of(result.towers[tower](inputs))
+        found[tower] = sqnr_db(torch.cat(exact), torch.cat(rounded))
+    return found

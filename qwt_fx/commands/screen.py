@@ -1,0 +1,93 @@
+"""What a command shows: one progress bar a phase on stderr, notes, one table on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+
+class Screen:
+    """Progress bars where stderr is a terminal and `quiet` is off; notes always reach stderr."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.bars = not quiet and sys.stderr.isatty()
+
+    def note(self, text: str) -> None:
+        """One line on stderr."""
+        tqdm.write(f"qwt-fx: {text}", file=sys.stderr)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for one phase; yields update(done, total), total < 0 when it is not known."""
+        bar: Any = tqdm(desc=name, disable=not self.bars, file=sys.stderr, leave=True)
+
+        def update(done: int, total: int) -> None:
+            if total >= 0:
+                bar.total = total
+            bar.update(done - bar.n)
+
+        with bar:
+            yield update
+
+    def table(self, rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
+        """A table on stdout."""
+        sys.stdout.write(tabulate(rows, headers=headers, disable_numparse=True) + "\n")
+        sys.stdout.flush()
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with two decimals; "-" where nothing was measured."""
+    return "-" if value is None else f"{100.0 * value:.2f}"
+
+
+def points(first: float | None, second: float | None) -> str:
+    """second - first in percentage points, signed; "-" where either is missing."""
+    return "-" if first is None or second is None else f"{100.0 * (second - first):+.2f}"
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes as MB with two decimals."""
+    return "-" if value is None else f"{value / 1e6:.2f}"
+
+
+def decibels(value: float | None) -> str:
+    """dB with one decimal."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def accuracy_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Rows FP32 | quantized | delta of a report: accuracies, agreement, SQNR, size, seconds."""
+    fp32, quantized = report["metrics"]["fp32"], report["metrics"]["quantized"]
+    rows = [
+        [
+            f"{key} (%)",
+            percent(fp32[key]),
+            percent(quantized[key]),
+            points(fp32[key], quantized[key]),
+        ]
+        for key in ("acc1", "acc5")
+    ]
+    if quantized["acc1_ci"] is not None:
+        low, high = quantized["acc1_ci"]
+        rows.append(["acc1 95 % interval (%)", "", f"{percent(low)} .. {percent(high)}", ""])
+    rows.append(["agreement (%)", "", percent(quantized["agreement"]), ""])
+    for tower, value in quantized["embedding_sqnr_db"].items():
+        rows.append([f"{tower} embedding SQNR (dB)", "", decibels(value), ""])
+    size = report["size"]
+    ratio = ""
+    if size["fp32_bytes"] and size["quantized_bytes"]:
+        ratio = f"1/{size['fp32_bytes'] / size['quantized_bytes']:.2f}"
+    rows.append(
+        ["size (MB)", megabytes(size["fp32_bytes"]), megabytes(size["quantized_bytes"]), ratio]
+    )
+    total = report["seconds"]["total"]
+    rows.append(["seconds", "", "-" if total is None else f"{total:.1f}", ""])
+    return rows
+
+
+ACCURACY_HEADERS = ("", "FP32", "quantized", "delta")

@@ -1,0 +1,158 @@
+"""`QuantConfig`: everything that decides how a model is quantized, frozen and validated."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from qwt_fx.errors import ConfigError
+
+RECIPES = ("repq-vit", "best")
+COMPATS = ("none", "original")
+COMPENSATIONS = ("auto", "none", "qwt")
+ATTENTIONS = ("none", "uniform", "log2")
+FLOAT_BITS = (16, 32)
+MIN_BITS, MAX_BITS = 2, 8
+
+_OVERRIDE = re.compile(r"w(\d+)a(\d+)")
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Bits of one layer: `weight` and `activation`, `None` where that side stays in floating point."""
+
+    weight: int | None
+    activation: int | None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything of the layer is quantized."""
+        return self.weight is not None or self.activation is not None
+
+
+def _bits(name: str, value: object) -> int | None:
+    """Validate a bit width: 2..8 is an integer width, 16 and 32 mean floating point (`None`)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(
+            f"{name}: got {value!r}, wanted an integer in 2..8 (16 or 32 = not quantized)"
+        )
+    if value in FLOAT_BITS:
+        return None
+    if not MIN_BITS <= value <= MAX_BITS:
+        raise ConfigError(f"{name}: got {value}, wanted 2..8 (16 or 32 = not quantized)")
+    return value
+
+
+def parse_override(glob: str, value: str) -> LayerBits:
+    """`"w8a8"` or `"skip"` as bits. Raises `ConfigError` naming the glob."""
+    if value == "skip":
+        return LayerBits(None, None)
+    match = _OVERRIDE.fullmatch(value)
+    if match is None:
+        raise ConfigError(f"override {glob}={value}: wanted wNaM such as w8a8, or skip")
+    weight, activation = match.groups()
+    return LayerBits(
+        _bits(f"override {glob}: weight bits", int(weight)),
+        _bits(f"override {glob}: activation bits", int(activation)),
+    )
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
+
+
+def _fraction(name: str, value: object, *, below: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0.0 <= float(value) < below:  # type: ignore[arg-type]
+        raise ConfigError(f"{name}: got {value!r}, wanted a number in [0, {below:g})")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How to quantize a model.
+
+    Attributes:
+        w_bits, a_bits: bits of weights and of their input activations, 2..8; 16 or 32 leaves
+            that side in floating point.
+        recipe: "best" (default) or "repq-vit" (the published procedure).
+        compat: "original" reproduces the published CLIP code exactly, non-integer and unclamped
+            zero points included (only with recipe "repq-vit"); such a model can be evaluated,
+            not saved, lowered or exported.
+        compensation: "qwt" inserts a residual linear behind each block (QwT, arXiv 2411.13918);
+            "none"; "auto" is the recipe's own choice.
+        attention: "none" leaves q, k, v and softmax(QK^T) in floating point, "uniform" quantizes
+            them uniformly, "log2" the softmax with the log-sqrt2 quantizer.
+        overrides: layer-name glob -> "wNaM" or "skip"; the last match wins; a glob that matches
+            nothing is an error when the graph is prepared.
+        hold_out: share of the calibration samples that judges each compensation and chooses its
+            ridge, in [0, 0.5); 0 judges on the samples that fitted it, as the original does.
+    """
+
+    w_bits: int = 8
+    a_bits: int = 8
+    recipe: str = "best"
+    compat: str = "none"
+    compensation: str = "auto"
+    attention: str = "none"
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    hold_out: float = 0.2
+
+    def __post_init__(self) -> None:
+        _bits("w_bits", self.w_bits)
+        _bits("a_bits", self.a_bits)
+        _choice("recipe", self.recipe, RECIPES)
+        _choice("compat", self.compat, COMPATS)
+        _choice("compensation", self.compensation, COMPENSATIONS)
+        _choice("attention", self.attention, ATTENTIONS)
+        _fraction("hold_out", self.hold_out, below=0.5)
+        if self.compat == "original" and self.recipe != "repq-vit":
+            raise ConfigError(
+                f"compat='original' with recipe={self.recipe!r}: it reproduces the published "
+                "procedure, so it needs recipe='repq-vit'"
+            )
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides: got {self.overrides!r}, wanted a mapping glob -> 'w8a8'")
+        for glob, value in self.overrides.items():
+            if not isinstance(glob, str) or not isinstance(value, str):
+                raise ConfigError(f"overrides: {glob!r}={value!r}: both must be strings")
+            parse_override(glob, value)
+        object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
+
+    def bits_for(self, layer: str) -> LayerBits:
+        """Bits of the layer with this name, overrides applied (the last match wins)."""
+        bits = LayerBits(_bits("w_bits", self.w_bits), _bits("a_bits", self.a_bits))
+        for glob, value in self.overrides.items():
+            if fnmatch.fnmatchcase(layer, glob):
+                bits = parse_override(glob, value)
+        return bits
+
+    def unmatched_overrides(self, layers: list[str]) -> list[str]:
+        """Globs that match none of these layer names."""
+        return [g for g in self.overrides if not any(fnmatch.fnmatchcase(n, g) for n in layers)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["overrides"] = dict(self.overrides)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """Build from plain values; an unknown key raises `ConfigError`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown configuration keys {unknown}; known: {sorted(known)}")
+        return cls(**dict(values))
+
+    def replace(self, **changes: Any) -> QuantConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantConfig:
+        return self  # frozen: a copy would be equal, and mappingproxy cannot be copied

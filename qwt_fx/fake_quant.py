@@ -1,0 +1,120 @@
+"""`FakeQuant`: the module that stands at a quantized tensor until the graph is converted."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from qwt_fx import ops, torch_ao
+from qwt_fx.errors import DataError, NotCalibratedError
+from qwt_fx.observer import search
+from qwt_fx.qparams import LOG_SQRT2, QuantSpec, along_axis
+
+
+class Mode(Enum):
+    """What a `FakeQuant` does with its input."""
+
+    OFF = "off"  # identity
+    OBSERVE = "observe"  # the first call finds the qparams; every call quantizes
+    ON = "on"  # quantizes
+
+
+class FakeQuant(nn.Module):
+    """Quantizes and dequantizes a tensor with the very operators that conversion will insert.
+
+    `scale` is () or (channels,) float32 and `zero_point` the same, integer-valued unless
+    `spec.integer_zero_point` is false; both are `None` until observed. `rows`, when set, is a
+    boolean mask over all dimensions but the last, flattened: only these rows are observed.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, spec: QuantSpec, name: str) -> None:
+        super().__init__()
+        self.spec = spec
+        self.name = name
+        self.mode = Mode.OFF
+        self.rows: Tensor | None = None
+        self.register_buffer("scale", None)
+        self.register_buffer("zero_point", None)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the quantizer has a scale."""
+        return self.scale is not None
+
+    def reset(self) -> None:
+        """Forget the qparams: the next observation searches again."""
+        self.scale = None
+        self.zero_point = None
+
+    def set_qparams(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Set scale and zero point, () or (channels,)."""
+        self.scale = scale.detach().clone()
+        self.zero_point = None if zero_point is None else zero_point.detach().clone()
+
+    def observe(self, x: Tensor) -> None:
+        """Find the qparams of `x`. Raises `DataError` for NaN or infinite values."""
+        if self.rows is not None:
+            x = x.reshape(-1, x.shape[-1])[self.rows]
+        if x.numel() == 0:
+            raise DataError(f"{self.name}: nothing to observe: the tensor is empty")
+        if not bool(torch.isfinite(x).all()):
+            raise DataError(
+                f"{self.name}: NaN or infinite values in the tensor to quantize; "
+                "check the weights and the calibration inputs"
+            )
+        scale, zero_point = search(x, self.spec)
+        if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
+            raise DataError(
+                f"{self.name}: a constant channel has no range, and the published procedure "
+                "cannot quantize it; use compat='none'"
+            )
+        self.set_qparams(scale, zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize `x`, or pass it through, as `mode` says."""
+        if self.mode is Mode.OFF:
+            return x
+        if self.scale is None:
+            if self.mode is Mode.ON:
+                raise NotCalibratedError(f"{self.name} has no scale: observe or calibrate first")
+            self.observe(x)
+        return self.fake_quantize(x)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize `x` regardless of the mode."""
+        spec, scale, zero_point = self.spec, self.scale, self.zero_point
+        if scale is None:
+            raise NotCalibratedError(f"{self.name} has no scale: observe or calibrate first")
+        if spec.scheme == LOG_SQRT2:
+            if not spec.reserve_zero:
+                return ops.FAKE_QUANTIZE_LOG_SQRT2(x, float(scale), spec.bits)
+            codes = ops.QUANTIZE_LOG_SQRT2(x, float(scale), spec.bits)
+            return ops.DEQUANTIZE_LOG_SQRT2(codes, float(scale), spec.bits)
+        assert zero_point is not None  # set together with the scale of an affine quantizer
+        low, high = spec.quant_min, spec.quant_max
+        if not spec.integer_zero_point:
+            return ops.FAKE_QUANTIZE_AFFINE(
+                x,
+                along_axis(scale, spec.ch_axis, x.dim()),
+                along_axis(zero_point, spec.ch_axis, x.dim()),
+                low,
+                high,
+            )
+        if spec.ch_axis is None:
+            per_tensor = (float(scale), int(zero_point), low, high, torch.uint8)
+            codes = torch_ao.QUANTIZE_PER_TENSOR(x, *per_tensor)
+            return torch_ao.DEQUANTIZE_PER_TENSOR(codes, *per_tensor)
+        per_channel = (
+            scale, zero_point.to(torch.int64), spec.ch_axis % x.dim(), low, high, torch.uint8,
+        )  # fmt: skip
+        codes = torch_ao.QUANTIZE_PER_CHANNEL(x, *per_channel)
+        return torch_ao.DEQUANTIZE_PER_CHANNEL(codes, *per_channel)
+
+    def extra_repr(self) -> str:
+        """Shown when the module is printed."""
+        return f"{self.name}, {self.spec.scheme}, {self.spec.bits} bits, {self.mode.value}"

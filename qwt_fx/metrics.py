@@ -1,0 +1,57 @@
+"""Figures that describe an evaluation: accuracy, intervals, paired tests, agreement, SQNR."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether each label is among the k largest logits. logits (n, c), labels (n,) -> bool (n,)."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == labels[:, None]).any(dim=1)
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion; (0, 1) when nothing was counted."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    scale = 1.0 + _Z95**2 / n
+    centre = (p + _Z95**2 / (2 * n)) / scale
+    half = _Z95 * math.sqrt(p * (1.0 - p) / n + _Z95**2 / (4 * n * n)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
+    """Paired comparison of two classifiers on the same samples (McNemar's test).
+
+    `first`, `second`: bool (n,), whether each sample was classified correctly. Returns the number
+    only the first got right, the number only the second did, and the two-sided exact binomial
+    p-value.
+    """
+    only_first = int((first & ~second).sum())
+    only_second = int((second & ~first).sum())
+    n, k = only_first + only_second, min(only_first, only_second)
+    if n == 0:
+        return 0, 0, 1.0
+    log_half = n * math.log(0.5)
+    terms = (
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + log_half
+        for i in range(k + 1)
+    )
+    return only_first, only_second, min(1.0, 2.0 * math.fsum(map(math.exp, terms)))
+
+
+def agreement(first: Tensor, second: Tensor) -> float:
+    """Share of samples on which two predictions, (n,) int64, are the same."""
+    return float((first == second).double().mean()) if len(first) else math.nan
+
+
+def normalized(features: Tensor) -> Tensor:
+    """Features divided by their L2 norm along the last dimension."""
+    return torch.nn.functional.normalize(features, dim=-1)

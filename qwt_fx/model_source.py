@@ -1,0 +1,191 @@
+"""Which configuration and which weights a model's name stands for; open_clip's rules, spelled out.
+
+Nothing is added to open_clip's registry of models, and nothing is downloaded but a named tag or
+`hf-hub:` repository.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+from qwt_fx.errors import ModelError
+
+_log = logging.getLogger(__name__)
+
+_REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
+_HUB, _LOCAL = "hf-hub:", "local-dir:"
+_CONFIG_FILE = "open_clip_config.json"
+_WEIGHT_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: as reports call it; OpenAI's `ViT-B/32` becomes `ViT-B-32`.
+        config: open_clip's model configuration.
+        preprocess: open_clip's preprocessing configuration, every field of it.
+        tokenizer: arguments of the tokenizer: `source` (None for CLIP's own byte-pair encoding,
+            else a hub name or a folder), `context_length`, `mode`, `kwargs`.
+        weights: the checkpoint file; None for random weights.
+        quick_gelu: the weights were trained with QuickGELU, whatever the configuration says.
+    """
+
+    name: str
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    tokenizer: dict[str, Any]
+    weights: Path | None
+    quick_gelu: bool = False
+
+
+def find_source(name: str, pretrained: str | None, allow_random: bool) -> ModelSource:
+    """Resolve `--model` and `--pretrained`; downloads a tag's weights.
+
+    Raises `ModelError` for a name, tag or file that is unknown, missing, malformed or out of reach.
+    """
+    if name.startswith((_HUB, _LOCAL)):
+        if pretrained is not None:
+            raise ModelError(f"{name} brings its own weights: leave --pretrained {pretrained} out")
+        return _from_hub(name) if name.startswith(_HUB) else _from_folder(name, allow_random)
+    if name.endswith(".json"):
+        path = Path(name)
+        config, preprocess = _read_config(path)
+        weights = _local_weights(path.stem, pretrained, allow_random)
+        return _source(path.stem, config, preprocess, weights)
+    return _from_registry(name.replace("/", "-"), pretrained, allow_random)
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library, for use inside a message of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _source(
+    name: str,
+    config: dict[str, Any],
+    preprocess: dict[str, Any],
+    weights: Path | None,
+    *,
+    quick_gelu: bool = False,
+    tokenizer_folder: str | None = None,
+) -> ModelSource:
+    text = config["text_cfg"]
+    source = text.get("hf_tokenizer_name") or None
+    tokenizer = {
+        "source": tokenizer_folder if source and tokenizer_folder else source,
+        "context_length": text.get("context_length") or 77,
+        "mode": text.get("tokenizer_mode"),
+        "kwargs": text.get("tokenizer_kwargs") or {},
+    }
+    merged = merge_preprocess_dict(asdict(PreprocessCfg()), preprocess)
+    return ModelSource(name, config, merged, tokenizer, weights, quick_gelu)
+
+
+def _from_registry(name: str, pretrained: str | None, allow_random: bool) -> ModelSource:
+    config = open_clip.get_model_config(name)
+    if config is None:
+        known = open_clip.list_models()
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"{len(known)} names are known"
+        where = f"{name} is a directory, but no qwt-fx artifact; " if Path(name).is_dir() else ""
+        raise ModelError(
+            f"unknown model {name!r}: {where}{hint} (an open_clip name, hf-hub:..., "
+            "local-dir:..., a config .json or an artifact)"
+        )
+    tag = None if pretrained is None else open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        return _source(name, config, {}, _local_weights(name, pretrained, allow_random))
+    try:
+        weights = Path(open_clip.download_pretrained(tag))
+    except Exception as error:  # the hub's client, urllib and the file system raise many kinds
+        raise ModelError(
+            f"weights {pretrained!r} of {name}: cannot be downloaded ({first_line(error)}); give "
+            "a local checkpoint as --pretrained FILE"
+        ) from error
+    return _source(name, config, tag, weights, quick_gelu=bool(tag.get("quick_gelu")))
+
+
+def _local_weights(name: str, pretrained: str | None, allow_random: bool) -> Path | None:
+    """A checkpoint file; None where random weights are asked for."""
+    if pretrained is None:
+        if allow_random:
+            return None
+        raise ModelError(
+            f"{name}: no weights; give --pretrained TAG or FILE (without them the model would be "
+            f"random{_tags_hint(name)})"
+        )
+    path = Path(pretrained)
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "no such file"
+        raise ModelError(f"weights {pretrained!r} of {name}: {kind}, and no tag{_tags_hint(name)}")
+    return path
+
+
+def _tags_hint(name: str) -> str:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    return f"; tags: {', '.join(tags)}" if tags else ""
+
+
+def _from_folder(name: str, allow_random: bool) -> ModelSource:
+    folder = Path(name[len(_LOCAL) :])
+    config, preprocess = _read_config(folder / _CONFIG_FILE)
+    found = [folder / file for file in _WEIGHT_FILES if (folder / file).is_file()]
+    if not found and not allow_random:
+        raise ModelError(f"{name}: no weights; wanted one of {', '.join(_WEIGHT_FILES)}")
+    weights = found[0] if found else None
+    return _source(folder.name, config, preprocess, weights, tokenizer_folder=str(folder))
+
+
+def _from_hub(name: str) -> ModelSource:
+    repository = name[len(_HUB) :]
+    try:
+        file = Path(download_pretrained_from_hf(repository, filename=_CONFIG_FILE))
+        weights = Path(download_pretrained_from_hf(repository))
+    except Exception as error:  # as above
+        raise ModelError(f"{name}: cannot be downloaded ({first_line(error)})") from error
+    config, preprocess = _read_config(file)
+    return _source(name, config, preprocess, weights)
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model and preprocessing configuration of a JSON file: open_clip's, or its hub layout."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"model config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"model config {path}: not valid JSON: {first_line(error)}") from error
+    config = document.get("model_cfg", document) if isinstance(document, dict) else document
+    if not isinstance(config, dict) or not config.keys() >= _REQUIRED:
+        raise ModelError(
+            f"model config {path}: wanted open_clip's {', '.join(sorted(_REQUIRED))}, got "
+            f"{', '.join(sorted(config)) if isinstance(config, dict) else type(config).__name__}"
+        )
+    config = copy.deepcopy(config)
+    preprocess = config.pop("preprocess_cfg", None) or document.get("preprocess_cfg") or {}
+    for key, value in (*config.items(), ("preprocess_cfg", preprocess)):
+        if key.endswith("_cfg") and not isinstance(value, dict):
+            raise ModelError(f"model config {path}: {key}: got {value!r}, wanted an object")
+    return config, preprocess

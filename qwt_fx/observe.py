@@ -1,0 +1,96 @@
+"""Observation: one batch runs through the graph, and each quantizer finds its range on the way.
+
+Ranges are found one after another on activations that are already quantized upstream, from the
+first batch, as RepQ-ViT's published code does. Where the graph proves that positions behind the
+end of a text cannot matter, they are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx.config import QuantConfig
+from qwt_fx.errors import NotCalibratedError
+from qwt_fx.fake_quant import FakeQuant, Mode
+from qwt_fx.graph import graph_info, tensor_of
+from qwt_fx.norms import fake_quant_of, is_fake_quant
+from qwt_fx.recipes import recipe_for
+from qwt_fx.runner import check_batches, start
+from qwt_fx.token_map import token_mask
+
+
+def fake_quant_nodes(gm: GraphModule) -> list[Node]:
+    """The graph's `FakeQuant` calls in order."""
+    return [n for n in gm.graph.nodes if is_fake_quant(gm, n)]
+
+
+def set_mode(gm: GraphModule, mode: Mode) -> None:
+    """Switch every `FakeQuant` of the graph."""
+    for module in gm.modules():
+        if isinstance(module, FakeQuant):
+            module.mode = mode
+
+
+def config_of(gm: GraphModule) -> QuantConfig:
+    """The configuration the graph's observers were inserted with."""
+    values = graph_info(gm).config
+    return QuantConfig.from_dict(values) if values else QuantConfig()
+
+
+@contextmanager
+def masked_rows(gm: GraphModule, batch: Any, nodes: Sequence[Node]) -> Iterator[str | None]:
+    """Restrict the activation quantizers at `nodes` to rows that matter; yields why not, if not."""
+    mask = token_mask(gm, batch, nodes)
+    for node in nodes:
+        fake_quant_of(gm, node).rows = mask.rows.get(node.name)
+    try:
+        yield mask.reason
+    finally:
+        for node in nodes:
+            fake_quant_of(gm, node).rows = None
+
+
+def observe(gm: GraphModule, batches: Any) -> GraphModule:
+    """Find the scale and zero point of every quantizer that has none; leaves them switched on.
+
+    Args:
+        gm: a graph with observers (`InsertObservers`), changed in place and returned.
+        batches: a list of tuples of tensors (or of tensors); the first batch is observed.
+
+    Raises:
+        NotCalibratedError: the graph has no observers.
+        DataError: `batches` is empty or a generator, or an activation is not finite.
+    """
+    first = check_batches(batches)[0]
+    nodes = fake_quant_nodes(gm)
+    if not nodes:
+        raise NotCalibratedError("the graph has no observers: run InsertObservers(config)(gm)")
+    activations = [n for n in nodes if not _is_weight(gm, n)]
+    set_mode(gm, Mode.OBSERVE)
+    with torch.no_grad():
+        if recipe_for(config_of(gm)).token_masks:
+            with masked_rows(gm, first, activations):
+                _run_first(gm, first)
+        else:
+            _run_first(gm, first)
+    set_mode(gm, Mode.ON)
+    return gm
+
+
+def _run_first(gm: GraphModule, batch: Any) -> None:
+    gm(*_positional(gm, batch))
+
+
+def _positional(gm: GraphModule, batch: Any) -> tuple[Any, ...]:
+    start(gm, batch)  # raises a clear error when the batch does not fit the model
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch)
+
+
+def _is_weight(gm: GraphModule, node: Node) -> bool:
+    return tensor_of(gm, node.args[0]) is not None

@@ -1,0 +1,121 @@
+"""Percentile range search, vectorized over channels.
+
+For each p in {0.999, 0.9999, 0.99999} the range is (quantile(1 - p), quantile(p)) and the candidate
+with the least mean squared error wins, the first of equals (RepQ-ViT's published code).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qwt_fx.qparams import (
+    LOG_SQRT2,
+    QuantSpec,
+    dequantize_log_sqrt2,
+    fake_quantize_affine,
+    fake_quantize_log_sqrt2,
+    qparams_from_range,
+    quantize_log_sqrt2,
+)
+
+PERCENTILES = (0.999, 0.9999, 0.99999)
+# Above this size the published code switches from torch.quantile, whose rank is a float32, to
+# numpy's percentile, whose rank is a float64.
+_FLOAT32_RANKS = 16_000_000
+
+
+def _rank(p: float, count: int) -> float:
+    if count > _FLOAT32_RANKS:
+        return p * (count - 1)
+    return float(torch.tensor(p, dtype=torch.float32) * (count - 1))
+
+
+class _Tails:
+    """Both sorted tails of each row of a (channels, n) tensor: enough for the outer quantiles."""
+
+    def __init__(self, rows: Tensor, lowest_p: float) -> None:
+        self.count = rows.shape[1]
+        keep = min(self.count, math.ceil((1.0 - lowest_p) * self.count) + 2)
+        self._top = rows.topk(keep, dim=1, largest=True, sorted=True).values
+        self._bottom = rows.topk(keep, dim=1, largest=False, sorted=True).values
+
+    def _interpolate(self, below: Tensor, above: Tensor, fraction: float) -> Tensor:
+        return torch.lerp(below, above, fraction)
+
+    def upper(self, p: float) -> Tensor:
+        """quantile(p) of each row with linear interpolation, (channels,)."""
+        rank = _rank(p, self.count)
+        below = math.floor(rank)
+        above = min(below + 1, self.count - 1)
+        last = self.count - 1
+        return self._interpolate(
+            self._top[:, last - below], self._top[:, last - above], rank - below
+        )
+
+    def lower(self, p: float) -> Tensor:
+        """quantile(1 - p) of each row with linear interpolation, (channels,)."""
+        rank = _rank(1.0 - p, self.count)
+        below = math.floor(rank)
+        above = min(below + 1, self.count - 1)
+        return self._interpolate(self._bottom[:, below], self._bottom[:, above], rank - below)
+
+
+def _channels_first(x: Tensor, ch_axis: int | None) -> Tensor:
+    if ch_axis is None:
+        return x.reshape(1, -1)
+    return x.movedim(ch_axis, 0).reshape(x.shape[ch_axis], -1).contiguous()
+
+
+def search_affine(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the affine quantizer with the least mean squared error.
+
+    `x`: any shape, float. Returns (channels,) per channel or () per tensor, float32.
+    """
+    rows = _channels_first(x.detach().float(), spec.ch_axis)
+    tails = _Tails(rows, min(PERCENTILES))
+    best: tuple[Tensor, Tensor] | None = None
+    best_error = rows.new_full((rows.shape[0],), math.inf)
+    for p in PERCENTILES:
+        scale, zero_point = qparams_from_range(tails.lower(p), tails.upper(p), spec)
+        restored = fake_quantize_affine(
+            rows, scale[:, None], zero_point[:, None], spec.quant_min, spec.quant_max
+        )
+        error = restored.sub_(rows).square_().mean(dim=1)
+        if best is None:
+            best, best_error = (scale, zero_point), error
+            continue
+        better = error < best_error
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
+        best_error = torch.where(better, error, best_error)
+    assert best is not None  # PERCENTILES is not empty
+    scale, zero_point = best
+    return (scale, zero_point) if spec.ch_axis is not None else (scale[0], zero_point[0])
+
+
+def search_log_sqrt2(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Scale, () float32, of the log-sqrt2 quantizer with the least mean squared error."""
+    flat = x.detach().float().reshape(1, -1)
+    tails = _Tails(flat, min(PERCENTILES))
+    best, best_error = flat.new_ones(()), math.inf
+    for p in PERCENTILES:
+        # An all-zero tensor has no scale; the smallest normal number keeps a / s finite.
+        scale = tails.upper(p)[0].clamp_min(torch.finfo(torch.float32).tiny)
+        if spec.reserve_zero:
+            codes = quantize_log_sqrt2(flat, scale, spec.bits)
+            restored = dequantize_log_sqrt2(codes, scale, spec.bits)
+        else:
+            restored = fake_quantize_log_sqrt2(flat, scale, spec.bits)
+        error = float(restored.sub_(flat).square_().mean())
+        if error < best_error:
+            best, best_error = scale, error
+    return best
+
+
+def search(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (`None` for log-sqrt2) of the quantizer that `spec` describes."""
+    if spec.scheme == LOG_SQRT2:
+        return search_log_sqrt2(x, spec), None
+    return search_affine(x, spec)

@@ -1,0 +1,135 @@
+"""Streaming least squares in float64: Y = [X 1] [W; b] from sums over batches.
+
+QwT (arXiv 2411.13918) eq. 5 solves (X^T X)^-1 X^T Y with a float32 inverse. A block that reads a
+LayerNorm output makes that matrix exactly singular, because sum_c (x_c - beta_c) / gamma_c = 0 ties
+the channels to the constant column; float64 sums and a scaled ridge or a cut-off solve it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Ridge strengths relative to the mean eigenvalue of the centred Gram; 0 means a cut-off alone.
+RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_EIGENVALUE_CUT = 1e-12  # relative to the largest eigenvalue: singular values below 1e-6
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of the augmented regressor z = [x 1] and the target y, float64.
+
+    gram: (d + 1, d + 1) sum z z^T; cross: (d + 1, e) sum z y^T; square: sum of y^2; count: tokens.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    square: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
+        """No tokens yet, `inputs` = d, `outputs` = e."""
+        zeros = {"dtype": torch.float64, "device": device}
+        return cls(
+            torch.zeros(inputs + 1, inputs + 1, **zeros),  # type: ignore[arg-type]
+            torch.zeros(inputs + 1, outputs, **zeros),  # type: ignore[arg-type]
+        )
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add tokens: x (n, d), y (n, e), any float dtype."""
+        z = torch.cat([x.double(), x.new_ones(x.shape[0], 1, dtype=torch.float64)], dim=1)
+        target = y.double()
+        self.gram += z.T @ z
+        self.cross += z.T @ target
+        self.square += float(target.square().sum())
+        self.count += x.shape[0]
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.square + other.square,
+            self.count + other.count,
+        )
+
+    def total(self) -> float:
+        """Sum of squares of y about its mean per output channel."""
+        return self.square - float(self.cross[-1].square().sum()) / max(self.count, 1)
+
+    def residual(self, weight: Tensor, bias: Tensor) -> float:
+        """Sum of squared residuals of y - x W - b. weight (d, e), bias (e,)."""
+        full = torch.cat([weight.double(), bias.double()[None]], dim=0)
+        explained = float((full * (self.gram @ full)).sum()) - 2.0 * float(
+            (full * self.cross).sum()
+        )
+        return self.square + explained
+
+    def r2(self, weight: Tensor, bias: Tensor) -> float:
+        """1 - residual / total over all output channels together; 0 where y does not vary."""
+        total = self.total()
+        return 1.0 - self.residual(weight, bias) / total if total > 0.0 else 0.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted linear: weight (d, e) and bias (e,) float64, R^2 on the fitted and held-out tokens."""
+
+    weight: Tensor
+    bias: Tensor
+    r2: float
+    r2_held_out: float | None
+    ridge: float | None
+
+
+def solve_minimum_norm(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Minimum-norm least squares on [x 1]: singular values below 1e-6 of the largest are cut."""
+    values, vectors = torch.linalg.eigh(moments.gram)
+    keep = values > values[-1] * _EIGENVALUE_CUT
+    inverse = torch.where(keep, 1.0 / torch.where(keep, values, torch.ones_like(values)), 0.0)
+    full = vectors @ (inverse[:, None] * (vectors.T @ moments.cross))
+    return full[:-1], full[-1]
+
+
+class _RidgePath:
+    """Solutions for many ridges from one eigendecomposition of the centred Gram."""
+
+    def __init__(self, moments: Moments) -> None:
+        count = max(moments.count, 1)
+        self._mean_x = moments.gram[-1, :-1] / count
+        self._mean_y = moments.cross[-1] / count
+        centred = moments.gram[:-1, :-1] - count * torch.outer(self._mean_x, self._mean_x)
+        cross = moments.cross[:-1] - count * torch.outer(self._mean_x, self._mean_y)
+        self._values, self._vectors = torch.linalg.eigh(centred)
+        self._projected = self._vectors.T @ cross
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Weight (d, e) and bias (e,) for a ridge relative to the mean eigenvalue."""
+        values = self._values.clamp_min(0.0)
+        keep = values > values[-1] * _EIGENVALUE_CUT
+        shifted = values + ridge * values.mean()
+        inverse = torch.where(keep, 1.0 / torch.where(keep, shifted, torch.ones_like(values)), 0.0)
+        weight = self._vectors @ (inverse[:, None] * self._projected)
+        return weight, self._mean_y - self._mean_x @ weight
+
+
+def fit_original(moments: Moments) -> Fit:
+    """Least squares judged on the tokens that fitted it, as published."""
+    weight, bias = solve_minimum_norm(moments)
+    return Fit(weight, bias, moments.r2(weight, bias), None, None)
+
+
+def fit_held_out(train: Moments, held_out: Moments) -> Fit:
+    """Ridge regression whose strength is the best on held-out tokens, refitted on all of them.
+
+    `r2_held_out` is that of the fit that never saw the held-out tokens.
+    """
+    path = _RidgePath(train)
+    candidates = [(held_out.residual(*path.solve(ridge)), ridge) for ridge in RIDGES]
+    _, ridge = min(candidates)
+    r2_held_out = held_out.r2(*path.solve(ridge))
+    everything = train + held_out
+    weight, bias = _RidgePath(everything).solve(ridge)
+    return Fit(weight, bias, everything.r2(weight, bias), r2_held_out, ridge)

@@ -1,0 +1,183 @@
+"""Runs a graph in steps over many batches, so that each block is computed once.
+
+Between two steps only the values that later nodes still read are held: the activations at one
+block boundary, per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from qwt_fx.errors import DataError
+from qwt_fx.graph import get_attr
+
+Env = dict[Node, Any]
+
+
+def as_inputs(batch: Any) -> tuple[Any, ...]:
+    """A calibration batch as positional inputs: a tensor alone is a one-input model's batch."""
+    if isinstance(batch, Tensor):
+        return (batch,)
+    if isinstance(batch, tuple | list):
+        return tuple(batch)
+    raise DataError(
+        f"a calibration batch is a {type(batch).__name__}, wanted a tensor or a tuple of tensors"
+    )
+
+
+def check_batches(batches: Any) -> Sequence[Any]:
+    """A re-iterable of batches as a sequence. Raises `DataError` for a generator or no batch."""
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise DataError(
+            f"batches: got {type(batches).__name__}, wanted a list of tensors or tuples of tensors"
+        )
+    if iter(batches) is batches:
+        raise DataError(
+            "batches: got a generator, which can be walked once only, but calibration walks the "
+            "batches more than once; give a list"
+        )
+    listed = batches if isinstance(batches, Sequence) else list(batches)
+    if len(listed) == 0:
+        raise DataError("batches: no calibration batch was given")
+    return listed
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples of a batch."""
+    return int(as_inputs(batch)[0].shape[0])
+
+
+def placeholders(gm: GraphModule) -> list[Node]:
+    """The graph's inputs, flat, in order."""
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def start(gm: GraphModule, batch: Any) -> Env:
+    """The values of the placeholders for one batch."""
+    nodes = placeholders(gm)
+    flat = gm.graph.process_inputs(*as_inputs(batch))
+    if len(flat) != len(nodes):
+        raise DataError(
+            f"a calibration batch has {len(flat)} tensors, the model takes {len(nodes)} "
+            f"({', '.join(n.name for n in nodes)})"
+        )
+    return dict(zip(nodes, flat, strict=True))
+
+
+def execute(gm: GraphModule, node: Node, env: Env) -> Any:
+    """Value of one node; its arguments must be in `env`. Parameters are read where they are used."""
+
+    def value(n: Node) -> Any:
+        return env[n] if n in env else get_attr(gm, str(n.target))
+
+    if node.op == "get_attr":
+        return get_attr(gm, str(node.target))
+    args = map_arg(node.args, value)
+    kwargs = map_arg(node.kwargs, value)
+    if node.op == "call_function":
+        assert callable(node.target)  # call_function nodes hold a callable
+        return node.target(*args, **kwargs)
+    return get_attr(gm, str(node.target))(*args, **kwargs)
+
+
+class BlockRunner:
+    """Advances every batch through a graph, node by node, in step.
+
+    The graph may be rewritten between steps behind the point reached.
+    """
+
+    def __init__(self, gm: GraphModule, batches: Sequence[Any]) -> None:
+        self.gm = gm
+        self.envs: list[Env] = [start(gm, batch) for batch in batches]
+        self._inputs = set(placeholders(gm))
+        self._done: set[Node] = set(self._inputs)
+
+    def advance(self, to: Node, *, keep: Iterable[Node] = ()) -> None:
+        """Run every node up to and including `to` for every batch.
+
+        Values that no later node reads are dropped, those in `keep` and the inputs excepted.
+        """
+        nodes = []
+        for node in self.gm.graph.nodes:
+            if node not in self._done and node.op not in ("output", "get_attr"):
+                nodes.append(node)
+            if node is to:
+                break
+        kept = set(keep) | self._inputs | {to}
+        done = self._done | set(nodes)
+        for env in self.envs:
+            ran = set(self._done)
+            for node in nodes:
+                env[node] = execute(self.gm, node, env)
+                ran.add(node)
+                for source in node.all_input_nodes:
+                    if source not in kept and all(user in ran for user in source.users):
+                        env.pop(source, None)
+            for node in [n for n in env if n not in kept and set(n.users) <= done]:
+                del env[node]
+        self._done = done
+
+
+class Subgraph:
+    """The part of a graph between one value and another, as a function of the first.
+
+    Besides the value, the part may read the graph's inputs (sizes, masks made of them).
+    """
+
+    def __init__(self, gm: GraphModule, source: Node, result: Node) -> None:
+        self.gm = gm
+        self.source = source
+        self.result = result
+        needed: set[Node] = set()
+        pending = [result]
+        while pending:
+            node = pending.pop()
+            if node in needed or node is source or node.op in ("placeholder", "get_attr"):
+                continue
+            needed.add(node)
+            pending += node.all_input_nodes
+        self._nodes = [n for n in gm.graph.nodes if n in needed]
+        position = {n: i for i, n in enumerate(self._nodes)}
+        self._last_use: dict[Node, int] = {}
+        for node in self._nodes:
+            for read in node.all_input_nodes:
+                self._last_use[read] = position[node]
+
+    def __call__(self, inputs: Env, value: Tensor) -> Any:
+        """Value of the result when `source` is `value` and the placeholders are `inputs`."""
+        env: Env = {n: v for n, v in inputs.items() if n.op == "placeholder"}
+        env[self.source] = value
+        for index, node in enumerate(self._nodes):
+            env[node] = execute(self.gm, node, env)
+            for read in node.all_input_nodes:
+                if self._last_use.get(read) == index and read is not self.source:
+                    env.pop(read, None)
+        return env[self.result]
+
+
+def run_all(gm: GraphModule, batch: Any, visit: Callable[[Node, Env], None] | None = None) -> Any:
+    """Run the whole graph on one batch; `visit(node, env)` is called before each node runs."""
+    env = start(gm, batch)
+    nodes = list(gm.graph.nodes)
+    done: set[Node] = set()
+    with torch.no_grad():
+        for node in nodes:
+            if node.op in ("placeholder", "get_attr"):
+                done.add(node)
+                continue
+            if visit is not None:
+                visit(node, env)
+            if node.op == "output":
+                return map_arg(node.args[0], lambda n: env[n])
+            env[node] = execute(gm, node, env)
+            done.add(node)
+            for read in node.all_input_nodes:
+                if all(user in done for user in read.users):
+                    env.pop(read, None)
+    return None

@@ -1,0 +1,55 @@
+"""The only door to torch.ao: q/dq operators of `torch.ops.quantized_decomposed`.
+
+Upstream plans to move these out of torch; torchao's twin registers the same operators and is the
+fallback. Nothing else in qwt-fx imports torch.ao or torchao.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from qwt_fx.errors import MissingExtraError
+
+_PROVIDERS = (
+    "torch.ao.quantization.fx._decomposed",
+    "torchao.quantization.pt2e._affine_quantization",
+    "torchao.quantization.pt2e",
+)
+_OPERATORS = (
+    "quantize_per_tensor",
+    "dequantize_per_tensor",
+    "quantize_per_channel",
+    "dequantize_per_channel",
+)
+
+
+def _registered() -> bool:
+    namespace = torch.ops.quantized_decomposed
+    return all(hasattr(namespace, name) for name in _OPERATORS)
+
+
+def _load() -> Any:
+    for provider in _PROVIDERS:
+        if _registered():
+            break
+        try:
+            importlib.import_module(provider)
+        except ImportError:
+            continue
+    if not _registered():
+        raise MissingExtraError(
+            "this torch no longer bundles torch.ops.quantized_decomposed: "
+            "install torchao (pip install 'qwt-fx[torchao]')"
+        )
+    return torch.ops.quantized_decomposed
+
+
+_ops = _load()
+
+QUANTIZE_PER_TENSOR = _ops.quantize_per_tensor.default
+DEQUANTIZE_PER_TENSOR = _ops.dequantize_per_tensor.default
+QUANTIZE_PER_CHANNEL = _ops.quantize_per_channel.default
+DEQUANTIZE_PER_CHANNEL = _ops.dequantize_per_channel.default

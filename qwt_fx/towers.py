@@ -1,0 +1,72 @@
+"""The image and the text tower of an open_clip model as modules of their own.
+
+A tower adopts the model's children, so tensors are shared and parameters keep their names in the
+source model (`visual.transformer.resblocks.0...`, `transformer.resblocks.0...` or
+`text.transformer.resblocks.0...`); the other tower, the logit scale and CoCa's decoder stay behind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HALF = (torch.float16, torch.bfloat16)
+_NOT_TEXT = frozenset({"visual", "logit_scale", "logit_bias", "text_decoder"})
+
+
+class ImageTower(nn.Module):
+    """The image tower of an open_clip model, sharing its tensors.
+
+    Images (n, 3, h, w) in any floating dtype -> embeddings (n, e), not normalized. It computes in
+    the dtype of its parameters and returns that dtype, but float32 for a half-precision tower.
+    """
+
+    visual: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.add_module("visual", model.get_submodule("visual"))
+        self.train(model.training)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed images (n, 3, h, w)."""
+        dtype = next(self.parameters()).dtype
+        return _embedding(self.visual(image if image.dtype == dtype else image.to(dtype)))
+
+
+class TextTower(nn.Module):
+    """The text tower of an open_clip model, sharing its tensors.
+
+    Token ids (n, context) int64 -> embeddings (n, e), not normalized, in the dtype of the
+    parameters, but float32 for a half-precision tower.
+    """
+
+    text: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        kind: Any = type(model)
+        # Where the text encoder is a module, calling it is what encode_text does, and CoCa's
+        # encode_text would normalize. CLIP itself has its encoder spread over the model.
+        self._encode = None if hasattr(model, "text") else kind.encode_text
+        for name, value in vars(model).items():  # what encode_text reads: text_pool_type, ...
+            if not name.startswith("_") and name not in _NOT_TEXT:
+                setattr(self, name, value)
+        for table in (model._modules, model._parameters):
+            for name, child in table.items():
+                if name not in _NOT_TEXT:
+                    setattr(self, name, child)
+        for name, buffer in model._buffers.items():
+            self.register_buffer(name, buffer, name not in model._non_persistent_buffers_set)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Embed token ids (n, context)."""
+        return _embedding(self.text(text) if self._encode is None else self._encode(self, text))
+
+
+def _embedding(output: Any) -> Tensor:
+    """The pooled embedding of a tower's output, which is (pooled, tokens) in CoCa."""
+    pooled: Tensor = output[0] if isinstance(output, tuple) else output
+    return pooled.float() if pooled.dtype in _HALF else pooled
