@@ -1,52 +1,63 @@
-# `make demo` and `make test` are the two commands a newcomer needs; both make the environment.
+# `make demo` and `make test` are the two commands a newcomer needs. Both make .venv from the
+# project's files when it is missing or outdated. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+MIN := .venv-min
+# An active environment or PYTHONPATH must not get in the way.
 RUN := env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV
-SLOW_LOG := benchmarks/results/test-full.log
+FAST := -m "not slow and not gpu"
+FULL_LOG := benchmarks/results/test-full.log
 
-.PHONY: demo test check lint types test-full test-min bench clean
+.PHONY: demo test check lint types layering test-full test-min bench environment clean
+.NOTPARALLEL:
 
 demo: environment
-	@$(RUN) $(BIN)/qwt-fx demo
+	@$(RUN) $(VENV)/bin/qwt-fx demo --output qwt-fx-demo
 
 test: check
-	@echo "== tests (fast tier)"
-	@$(RUN) $(BIN)/python -m pytest -m "not slow and not gpu"
+	@echo "== tests: fast tier"
+	@$(RUN) $(VENV)/bin/python -m pytest $(FAST)
 
-check: environment lint types
-	@echo "== layering"
-	@$(RUN) $(BIN)/python -m pytest tests/test_layering.py
+check: lint types layering
 
-lint:
+lint: environment
 	@echo "== ruff"
-	@$(RUN) $(BIN)/ruff check .
-	@$(RUN) $(BIN)/ruff format --check .
+	@$(RUN) $(VENV)/bin/ruff check --quiet .
+	@$(RUN) $(VENV)/bin/ruff format --quiet --diff .
 
-# mypy cannot see packages mapped by package_dir in an editable install: it checks an installed tree.
-types:
+# mypy cannot find packages mapped by package_dir in an editable install: it checks an installed
+# tree. Old copies under build/ would be installed again, so they go first.
+types: environment
 	@echo "== mypy"
 	@rm -rf build/types build/lib
-	@$(RUN) $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/types . \
-	  > build/types.log 2>&1 || { cat build/types.log; exit 1; }
-	@cd build/types && $(RUN) MYPYPATH=. ../../$(BIN)/mypy --config-file ../../setup.cfg -p qwt_fx
+	@$(RUN) $(VENV)/bin/python -m pip install --no-deps --no-build-isolation --target build/types . \
+	  > build/types.log 2>&1 || { tail -n 30 build/types.log; exit 1; }
+	@cd build/types && $(RUN) MYPYPATH=. ../../$(VENV)/bin/mypy --no-error-summary \
+	  --config-file ../../setup.cfg --cache-dir ../../.mypy_cache -p qwt_fx
 
+layering: environment
+	@echo "== layering"
+	@$(RUN) $(VENV)/bin/python -m pytest tests/test_layering.py
+
+# Every tier. The log is kept in the repository.
 test-full: check
-	@echo "== tests (every tier)"
-	@mkdir -p $(dir $(SLOW_LOG))
-	@$(RUN) $(BIN)/python -m pytest -rs --durations=15 > $(SLOW_LOG) 2>&1; \
-	  status=$$?; tail -n 40 $(SLOW_LOG); exit $$status
+	@echo "== tests: every tier"
+	@mkdir -p $(dir $(FULL_LOG))
+	@$(RUN) $(VENV)/bin/python -m pytest -rs --durations=15 > $(FULL_LOG) 2>&1; \
+	  status=$$?; tail -n 40 $(FULL_LOG); exit $$status
 
+# The oldest supported versions, in an environment of their own.
 test-min:
-	@$(RUN) PYTHON=$(PYTHON) bash scripts/environment.sh .venv-min scripts/constraints-min.txt
-	@$(RUN) .venv-min/bin/python -m pytest -m "not slow and not gpu"
+	@PYTHON="$(PYTHON)" bash scripts/environment.sh $(MIN) scripts/constraints-min.txt
+	@echo "== tests: fast tier, oldest versions"
+	@$(RUN) $(MIN)/bin/python -m pytest $(FAST)
 
 bench: environment
-	@for script in benchmarks/*.py; do $(RUN) $(BIN)/python $$script || exit 1; done
+	@for script in $(wildcard benchmarks/*.py); do \
+	  echo "== $$script"; $(RUN) $(VENV)/bin/python "$$script" || exit 1; done
 
-.PHONY: environment
 environment:
-	@$(RUN) PYTHON=$(PYTHON) bash scripts/environment.sh $(VENV) constraints.txt
+	@PYTHON="$(PYTHON)" bash scripts/environment.sh $(VENV) constraints.txt
 
 clean:
-	rm -rf $(VENV) .venv-min build qwt-fx-demo
+	rm -rf $(VENV) $(MIN) build qwt-fx-demo

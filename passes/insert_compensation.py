@@ -153,7 +153,7 @@ class InsertCompensation(Pass):
         device = runner.envs[0][source].device
         train, held_out = (Moments.empty(width, width, device) for _ in range(2))
         sizes = [batch_size(b) for b in self.batches]
-        judges = held_out_samples(sum(sizes), self.hold_out).split(sizes)
+        judges = torch.split(held_out_samples(sum(sizes), self.hold_out), sizes)
         for env, batch, mask, judged in zip(runner.envs, self.batches, rows, judges, strict=True):
             x, y = env[source], env[result]
             error = function(start(self.reference, batch), x) - y

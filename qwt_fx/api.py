@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def calibrate(
                 hold_out=config.hold_out if recipe.held_out else 0.0,
                 token_masks=recipe.token_masks,
                 half=recipe.half_compensation,
-                progress=progress and (lambda done, total: progress("compensate", done, total)),
+                progress=None if progress is None else partial(progress, "compensate"),
             )(prepared)
     with _timed(seconds, "calibrate"):
         if fake_quant_nodes(prepared):

@@ -129,9 +129,11 @@ def _translated(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
             state[name] = state[name].reshape(wanted[name].shape)
     if "logit_bias" in wanted and "logit_bias" not in state:  # trained without SigLIP's loss
         state["logit_bias"] = torch.zeros_like(wanted["logit_bias"])
-    # Transformers before 4.31 stored these constants.
-    if "text.transformer.embeddings.position_ids" not in wanted:
-        state.pop("text.transformer.embeddings.position_ids", None)
+    # Constants that the model makes itself: TorchScript stores them, as old transformers did.
+    constants = {name for name, _ in model.named_buffers()} - wanted.keys()
+    for name in (*constants, "text.transformer.embeddings.position_ids"):
+        if name not in wanted:
+            state.pop(name, None)
     return state
 
 

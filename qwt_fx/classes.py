@@ -95,7 +95,7 @@ def resolve(
                 "folders; wanted one a line for each folder, in sorted order"
             )
     elif imagenet:
-        from open_clip import IMAGENET_CLASSNAMES  # type: ignore[import-untyped]
+        from open_clip import IMAGENET_CLASSNAMES
 
         names = [str(name) for name in IMAGENET_CLASSNAMES]
         if not all(_WORDNET_ID.fullmatch(folder) for folder in classes):

@@ -87,33 +87,33 @@ class FakeQuant(nn.Module):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Quantize and dequantize `x` regardless of the mode."""
-        spec, scale, zero_point = self.spec, self.scale, self.zero_point
+        spec, scale = self.spec, self.scale
         if scale is None:
             raise NotCalibratedError(f"{self.name} has no scale: observe or calibrate first")
+        result: Tensor
         if spec.scheme == LOG_SQRT2:
-            if not spec.reserve_zero:
-                return ops.FAKE_QUANTIZE_LOG_SQRT2(x, float(scale), spec.bits)
-            codes = ops.QUANTIZE_LOG_SQRT2(x, float(scale), spec.bits)
-            return ops.DEQUANTIZE_LOG_SQRT2(codes, float(scale), spec.bits)
+            if spec.reserve_zero:
+                codes = ops.QUANTIZE_LOG_SQRT2(x, float(scale), spec.bits)
+                result = ops.DEQUANTIZE_LOG_SQRT2(codes, float(scale), spec.bits)
+            else:
+                result = ops.FAKE_QUANTIZE_LOG_SQRT2(x, float(scale), spec.bits)
+            return result
+        zero_point = self.zero_point
         assert zero_point is not None  # set together with the scale of an affine quantizer
-        low, high = spec.quant_min, spec.quant_max
+        limits = (spec.quant_min, spec.quant_max)
         if not spec.integer_zero_point:
-            return ops.FAKE_QUANTIZE_AFFINE(
-                x,
-                along_axis(scale, spec.ch_axis, x.dim()),
-                along_axis(zero_point, spec.ch_axis, x.dim()),
-                low,
-                high,
-            )
-        if spec.ch_axis is None:
-            per_tensor = (float(scale), int(zero_point), low, high, torch.uint8)
+            along = [along_axis(v, spec.ch_axis, x.dim()) for v in (scale, zero_point)]
+            result = ops.FAKE_QUANTIZE_AFFINE(x, *along, *limits)
+        elif spec.ch_axis is None:
+            per_tensor = (float(scale), int(zero_point), *limits, torch.uint8)
             codes = torch_ao.QUANTIZE_PER_TENSOR(x, *per_tensor)
-            return torch_ao.DEQUANTIZE_PER_TENSOR(codes, *per_tensor)
-        per_channel = (
-            scale, zero_point.to(torch.int64), spec.ch_axis % x.dim(), low, high, torch.uint8,
-        )  # fmt: skip
-        codes = torch_ao.QUANTIZE_PER_CHANNEL(x, *per_channel)
-        return torch_ao.DEQUANTIZE_PER_CHANNEL(codes, *per_channel)
+            result = torch_ao.DEQUANTIZE_PER_TENSOR(codes, *per_tensor)
+        else:
+            axis = spec.ch_axis % x.dim()
+            per_channel = (scale, zero_point.to(torch.int64), axis, *limits, torch.uint8)
+            codes = torch_ao.QUANTIZE_PER_CHANNEL(x, *per_channel)
+            result = torch_ao.DEQUANTIZE_PER_CHANNEL(codes, *per_channel)
+        return result
 
     def extra_repr(self) -> str:
         """Shown when the module is printed."""

@@ -114,6 +114,7 @@ def get_attr(gm: nn.Module, path: str) -> Any:
 
 def find_node(gm: GraphModule, name: str) -> Node:
     """The node with this name. Raises `PreconditionError` when there is none."""
+    node: Node
     for node in gm.graph.nodes:
         if node.name == name:
             return node

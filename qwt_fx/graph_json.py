@@ -54,13 +54,16 @@ def graph_to_json(gm: GraphModule) -> dict[str, Any]:
     if not isinstance(codegen, _PyTreeCodeGen):
         raise _fail("signature", "the graph was not captured by qwt_fx.capture")
     info = codegen.pytree_info
+    out_spec = info.out_spec
+    if out_spec is None:
+        raise _fail("signature", "the structure of the outputs is not recorded")
     return {
         "schema": SCHEMA,
         "nodes": [_node_to_json(node) for node in gm.graph.nodes],
         "signature": {
             "arguments": list(info.orig_args),
             "inputs": spec_to_json(info.in_spec),
-            "outputs": spec_to_json(info.out_spec),
+            "outputs": spec_to_json(out_spec),
         },
         "info": dataclasses.asdict(graph_info(gm)),
     }
@@ -117,8 +120,8 @@ def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule
 
 
 def _object(
-    value: Any, where: str, required: set[str], optional: set[str] = frozenset()
-) -> dict[str, Any]:  # type: ignore[assignment]
+    value: Any, where: str, required: set[str], optional: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _fail(where, "wanted a JSON object")
     if missing := required - set(value):
@@ -180,7 +183,9 @@ class _Reader:
 
     def _entry(self, value: Any, index: int) -> dict[str, Any]:
         where = f"node {index}"
-        entry = _object(value, where, {"name", "op"}, {"target", "args", "kwargs", "layer"})
+        entry = _object(
+            value, where, {"name", "op"}, frozenset({"target", "args", "kwargs", "layer"})
+        )
         name = _identifier(entry["name"], where)
         op = entry["op"]
         if op not in ("placeholder", "get_attr", "call_function", "output"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+from torchvision.datasets import ImageFolder
 
 from qwt_fx.decoding import Transform, Undecodable, decode_in_order
 from qwt_fx.errors import ConfigError, DataError

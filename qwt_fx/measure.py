@@ -19,8 +19,8 @@ def sqnr_db(reference: Tensor, quantized: Tensor) -> float:
 
     Infinite where the two are equal; sums in float64.
     """
-    signal = float(reference.double().square().sum())
-    noise = float((reference.double() - quantized.double()).square().sum())
+    signal = float(reference.square().sum(dtype=torch.float64))
+    noise = float((reference - quantized).square().sum(dtype=torch.float64))
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
@@ -33,28 +33,39 @@ def measure_layers(gm: GraphModule, batch: Any) -> None:
     graph before conversion is expected; layers without quantizers get no record.
     """
     info = graph_info(gm)
-    layers = {n for n in weight_layers(gm) if any(is_fake_quant(gm, a) for a in n.args[:2])}
-    sources = {
-        n: tuple(a.args[0] if is_fake_quant(gm, a) else a for a in n.args[:2])  # type: ignore[union-attr]
-        for n in layers
+    operands = {
+        layer: (_unquantized(gm, layer.args[0]), _unquantized(gm, layer.args[1]))
+        for layer in weight_layers(gm)
+        if any(is_fake_quant(gm, a) for a in layer.args[:2])
     }
-    held: Env = {}
+    readers: dict[Node, list[Node]] = {}
+    for layer in operands:
+        readers.setdefault(_node(layer.args[0]), []).append(layer)
+    held: Env = {}  # each layer's input before its quantizer, by layer
 
     def visit(node: Node, env: Env) -> None:
-        for layer, (source, _) in sources.items():
-            if node in layer.all_input_nodes and source in env:
-                held[source] = env[source]
-        if node in layers:
-            source, weight = sources[node]
-            floating = dict(env) | {source: held[source]} if source in held else dict(env)
-            exact = node.target(  # type: ignore[operator]
-                floating[source], execute(gm, weight, {}), *_rest(gm, node)
-            )
-            value = sqnr_db(exact, execute(gm, node, env))
-            info.layers[layer_name(node)] = {"sqnr_db": value if math.isfinite(value) else None}
-            held.pop(source, None)
+        for layer in readers.get(node, ()):  # the quantizer is about to read the input
+            held[layer] = env[operands[layer][0]]
+        if node not in operands:
+            return
+        source, weight = operands[node]
+        x = held.pop(node) if node in held else env[source]
+        assert callable(node.target)  # a linear or a convolution
+        exact = node.target(x, execute(gm, weight, {}), *_rest(gm, node))
+        value = sqnr_db(exact, execute(gm, node, env))
+        info.layers[layer_name(node)] = {"sqnr_db": value if math.isfinite(value) else None}
 
     run_all(gm, batch, visit)
+
+
+def _node(argument: object) -> Node:
+    assert isinstance(argument, Node)  # input and weight of a layer are values of the graph
+    return argument
+
+
+def _unquantized(gm: GraphModule, argument: object) -> Node:
+    node = _node(argument)
+    return _node(node.args[0]) if is_fake_quant(gm, node) else node
 
 
 def _rest(gm: GraphModule, node: Node) -> list[Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from qwt_fx.errors import ModelError
-
-_log = logging.getLogger(__name__)
 
 _REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
@@ -73,7 +70,10 @@ def find_source(name: str, pretrained: str | None, allow_random: bool) -> ModelS
         config, preprocess = _read_config(path)
         weights = _local_weights(path.stem, pretrained, allow_random)
         return _source(path.stem, config, preprocess, weights)
-    return _from_registry(name.replace("/", "-"), pretrained, allow_random)
+    spelled = name.replace("/", "-")
+    if open_clip.get_model_config(spelled) is None:
+        raise ModelError(_unknown(name))
+    return _from_registry(spelled, pretrained, allow_random)
 
 
 def first_line(error: BaseException) -> str:
@@ -103,17 +103,20 @@ def _source(
     return ModelSource(name, config, merged, tokenizer, weights, quick_gelu)
 
 
+def _unknown(name: str) -> str:
+    known = open_clip.list_models()
+    close = difflib.get_close_matches(name.replace("/", "-"), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"{len(known)} names are known"
+    if Path(name).is_dir():
+        hint = "it is a directory, but no qwt-fx artifact"
+    return (
+        f"unknown model {name!r}: {hint} (wanted an open_clip name, hf-hub:..., local-dir:..., "
+        "a config .json or an artifact)"
+    )
+
+
 def _from_registry(name: str, pretrained: str | None, allow_random: bool) -> ModelSource:
     config = open_clip.get_model_config(name)
-    if config is None:
-        known = open_clip.list_models()
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"{len(known)} names are known"
-        where = f"{name} is a directory, but no qwt-fx artifact; " if Path(name).is_dir() else ""
-        raise ModelError(
-            f"unknown model {name!r}: {where}{hint} (an open_clip name, hf-hub:..., "
-            "local-dir:..., a config .json or an artifact)"
-        )
     tag = None if pretrained is None else open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         return _source(name, config, {}, _local_weights(name, pretrained, allow_random))

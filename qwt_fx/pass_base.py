@@ -137,8 +137,8 @@ def _drop_unread_tensors(gm: GraphModule) -> None:
             if prefix + name in called:
                 continue
             visit(child, f"{prefix}{name}.")
-            if not any(True for _ in child.parameters()) and not any(True for _ in child.buffers()):
-                if not any(target.startswith(f"{prefix}{name}.") for target in called):
-                    delattr(module, name)
+            holds = any(True for _ in child.parameters()) or any(True for _ in child.buffers())
+            if not holds and not any(t.startswith(f"{prefix}{name}.") for t in called):
+                delattr(module, name)
 
     visit(gm, "")

@@ -61,7 +61,7 @@ class QuantSpec:
     @property
     def quant_max(self) -> int:
         """Largest code, 2^bits - 1."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def storable(self) -> bool:

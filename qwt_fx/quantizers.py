@@ -139,7 +139,7 @@ def weight_code_bits(gm: GraphModule) -> dict[str, int]:
     for node in gm.graph.nodes:
         if not is_call(node, _PER_CHANNEL | _PER_TENSOR):
             continue
-        codes, quant_min, quant_max = node.args[0], *node.args[-3:-1]
+        codes, quant_min, quant_max = node.args[0], node.args[-3], node.args[-2]
         if not isinstance(codes, Node) or codes.op != "get_attr" or quant_min != 0:
             continue
         bits = _bits(quant_max)

@@ -32,11 +32,8 @@ class Moments:
     @classmethod
     def empty(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
         """No tokens yet, `inputs` = d, `outputs` = e."""
-        zeros = {"dtype": torch.float64, "device": device}
-        return cls(
-            torch.zeros(inputs + 1, inputs + 1, **zeros),  # type: ignore[arg-type]
-            torch.zeros(inputs + 1, outputs, **zeros),  # type: ignore[arg-type]
-        )
+        gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
+        return cls(gram, gram.new_zeros(inputs + 1, outputs))
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add tokens: x (n, d), y (n, e), any float dtype."""

@@ -20,7 +20,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
+from webdataset.shardlists import expand_urls
 
 from qwt_fx import shard_index, stream_shard, tar_shard
 from qwt_fx.errors import ConfigError, DataError

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from webdataset.gopen import gopen  # type: ignore[import-untyped]
+from webdataset.gopen import gopen
 
 from qwt_fx.errors import DataError
 from qwt_fx.samples import (

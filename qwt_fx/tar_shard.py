@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import TypeVar
 
-from webdataset.tariterators import base_plus_ext  # type: ignore[import-untyped]
+from webdataset.tariterators import base_plus_ext
 
 from qwt_fx.errors import DataError
 from qwt_fx.samples import ScanCounts

@@ -11,7 +11,6 @@ them matters. An op outside these classes ends the proof, and every position cou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +31,7 @@ from qwt_fx.graph import (
     get_attr,
 )
 from qwt_fx.runner import start
+from qwt_fx.token_ids import NotProved, Tokens, check_same_samples, is_causal_mask, row_ids
 
 aten = torch.ops.aten
 
@@ -48,22 +48,6 @@ _MOVES = SHAPE_ONLY | {
     aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
 }  # fmt: skip
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
-
-
-@dataclass
-class _Tokens:
-    """Token ids of an activation, same shape (int32, expanded where constant).
-
-    Attention scores also have `columns`, the id of each key, and `causal` once masked.
-    """
-
-    ids: Tensor
-    columns: Tensor | None = None
-    causal: bool = False
-
-
-class _NotProved(Exception):
-    """The graph does something the proof does not cover."""
 
 
 @dataclass(frozen=True)
@@ -86,27 +70,8 @@ def token_mask(gm: GraphModule, batch: Any, nodes: Iterable[Node]) -> TokenMask:
     """
     try:
         return _Tracer(gm, batch).trace(set(nodes))
-    except _NotProved as failure:
+    except NotProved as failure:
         return TokenMask(reason=str(failure))
-
-
-def _row_ids(tokens: _Tokens) -> Tensor:
-    """The id of each last-dimension row. Raises when a row mixes ids."""
-    ids = tokens.ids
-    first = ids[..., :1]
-    if not bool((ids == first).all()):
-        raise _NotProved("rows of an activation mix positions")
-    return first.squeeze(-1)
-
-
-def _is_causal_mask(mask: Tensor, queries: Tensor, keys: Tensor) -> bool:
-    """Whether every key behind its query, by position, is hidden. Shapes broadcast to the scores."""
-    behind = keys > queries
-    hidden = ~mask if mask.dtype is torch.bool else mask == -math.inf
-    try:
-        return bool((hidden | ~behind).all())
-    except RuntimeError:  # shapes that do not broadcast: not a mask of these scores
-        return False
 
 
 class _Tracer:
@@ -119,14 +84,14 @@ class _Tracer:
             if isinstance(v, Tensor) and not v.is_floating_point() and v.dim() == 2
         ]
         if len(integers) != 1 or len(self.env) != 1:
-            raise _NotProved("the input is not one tensor of token ids")
+            raise NotProved("the input is not one tensor of token ids")
         self.source = integers[0]
         self.batch, self.length = self.env[self.source].shape
         self.device = self.env[self.source].device
 
     def trace(self, wanted: set[Node]) -> TokenMask:
         """Push the ids through the graph."""
-        row_ids: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 last = self._last_positions(node)
@@ -134,23 +99,23 @@ class _Tracer:
             if node.op != "placeholder":
                 self.env[node] = self._step(node)
             value = self.env[node]
-            if node in wanted and isinstance(value, _Tokens) and value.columns is None:
+            if node in wanted and isinstance(value, Tokens) and value.columns is None:
                 try:
-                    row_ids[node.name] = _row_ids(value).reshape(-1)
-                except _NotProved:
+                    found[node.name] = row_ids(value).reshape(-1)
+                except NotProved:
                     continue
-            elif node in wanted and isinstance(value, _Tokens):
-                row_ids[node.name] = _row_ids(value).reshape(-1)
+            elif node in wanted and isinstance(value, Tokens):
+                found[node.name] = row_ids(value).reshape(-1)
             self._release(node)
         rows = {
             name: (ids % self.length) <= last[(ids // self.length).long()]
-            for name, ids in row_ids.items()
+            for name, ids in found.items()
         }
         return TokenMask(rows=rows)
 
     def _release(self, node: Node) -> None:
         for source in node.all_input_nodes:
-            if isinstance(self.env.get(source), _Tokens) and all(
+            if isinstance(self.env.get(source), Tokens) and all(
                 u in self.env for u in source.users
             ):
                 self.env[source] = None
@@ -160,20 +125,20 @@ class _Tracer:
         last = torch.full((self.batch,), -1, dtype=torch.int32, device=self.device)
         for node in output.all_input_nodes:
             value = self.env[node]
-            if not isinstance(value, _Tokens):
+            if not isinstance(value, Tokens):
                 continue
-            ids = _row_ids(value).reshape(-1)
+            ids = row_ids(value).reshape(-1)
             samples = (ids // self.length).long()
             last = last.scatter_reduce(0, samples, ids % self.length, "amax")
         if bool((last < 0).any()):
-            raise _NotProved("the output does not read every sample")
+            raise NotProved("the output does not read every sample")
         return last
 
     def _step(self, node: Node) -> Any:
         if node.op == "get_attr":
             return get_attr(self.gm, str(node.target))
         tracked = [self.env[n] for n in node.all_input_nodes]
-        tokens = [t for t in tracked if isinstance(t, _Tokens)]
+        tokens = [t for t in tracked if isinstance(t, Tokens)]
         if node.op == "call_module":
             return tokens[0] if tokens else tracked[0]  # a FakeQuant works element by element
         if node.target is aten.embedding.default and node.args[1] is self.source:
@@ -182,26 +147,30 @@ class _Tracer:
             return self._run(node, node.target)
         return self._token_op(node, tokens)
 
+    def _value(self, node: Node, index: int) -> Any:
+        argument_node = node.args[index]
+        return self.env[argument_node] if isinstance(argument_node, Node) else argument_node
+
     def _run(self, node: Node, target: Any) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
         return target(*args, **kwargs)
 
-    def _embedding(self, node: Node) -> _Tokens:
+    def _embedding(self, node: Node) -> Tokens:
         ids = torch.arange(self.batch * self.length, dtype=torch.int32, device=self.device)
         ids = ids.reshape(self.batch, self.length, 1)
         weight = node.args[0]
         assert isinstance(weight, Node)  # the operator's schema
-        return _Tokens(ids.expand(-1, -1, self.env[weight].shape[1]))
+        return Tokens(ids.expand(-1, -1, self.env[weight].shape[1]))
 
-    def _token_op(self, node: Node, tokens: list[_Tokens]) -> Any:
+    def _token_op(self, node: Node, tokens: list[Tokens]) -> Any:
         target = node.target
         if target in _MOVES or getattr(target, "__name__", "") == "getitem":
             return self._move(node)
         if target in _ELEMENTWISE:
             return self._elementwise(node, tokens)
         if target in (LAYER_NORM, RMS_NORM):
-            ids = _row_ids(tokens[0])
-            return _Tokens(ids[..., None].expand_as(tokens[0].ids))
+            ids = row_ids(tokens[0])
+            return Tokens(ids[..., None].expand_as(tokens[0].ids))
         if target is LINEAR or (target is aten.matmul.default and len(tokens) == 1):
             return self._project(node, tokens)
         if target is SDPA:
@@ -210,60 +179,61 @@ class _Tracer:
             return self._matmul(node)
         if target in SOFTMAXES:
             if tokens[0].columns is None or not tokens[0].causal:
-                raise _NotProved(f"{node.name}: attention is not causal")
+                raise NotProved(f"{node.name}: attention is not causal")
             return tokens[0]
         if target is aten.masked_fill.Scalar and tokens[0].columns is not None:
-            return self._mask(tokens[0], ~self.env[node.args[1]].bool())  # type: ignore[index]
+            return self._mask(tokens[0], ~self._value(node, 1).bool())
         if target is aten.index.Tensor:
             return self._gather(node)
-        raise _NotProved(f"{node.name}: {target} is not known to keep positions apart")
+        raise NotProved(f"{node.name}: {target} is not known to keep positions apart")
 
     def _move(self, node: Node) -> Any:
         def ids_of(n: Node) -> Any:
             value = self.env[n]
-            if not isinstance(value, _Tokens):
+            if not isinstance(value, Tokens):
                 return value
             if value.columns is not None:
-                raise _NotProved(f"{node.name}: attention scores are reshaped")
+                raise NotProved(f"{node.name}: attention scores are reshaped")
             return value.ids
 
         target: Any = aten.reshape.default if node.target in _VIEWS else node.target
         args, kwargs = map_arg((node.args, node.kwargs), ids_of)
-        source = self.env[node.args[0]]  # type: ignore[index]
+        source: Any = self._value(node, 0)
         if isinstance(source, list | tuple):  # an element of a split
-            return source[args[1]]
+            index: Any = args[1]
+            return source[index]
         moved = target(*args, **kwargs)
         if isinstance(moved, list | tuple):
-            return [_Tokens(m) for m in moved]
-        return _Tokens(moved)
+            return [Tokens(m) for m in moved]
+        return Tokens(moved)
 
-    def _elementwise(self, node: Node, tokens: list[_Tokens]) -> _Tokens:
+    def _elementwise(self, node: Node, tokens: list[Tokens]) -> Tokens:
         scores = next((t for t in tokens if t.columns is not None), None)
         if scores is not None:
-            others = [self.env[n] for n in node.all_input_nodes]
-            masks = [o for o in others if isinstance(o, Tensor) and o.dim() >= 2]
-            if len(tokens) > 1:
-                raise _NotProved(f"{node.name}: combines attention scores")
+            inputs = [self.env[n] for n in node.all_input_nodes]
+            masks = [o for o in inputs if isinstance(o, Tensor) and o.dim() >= 2]
+            if len(tokens) > 1 or (masks and node.target is not aten.add.Tensor):
+                raise NotProved(f"{node.name}: combines attention scores")
             return self._mask(scores, masks[0]) if masks else scores
-        shape = torch.broadcast_shapes(*(t.ids.shape for t in tokens))
-        ids = tokens[0].ids.expand(shape)
-        if any(not torch.equal(ids, t.ids.expand(shape)) for t in tokens[1:]):
-            raise _NotProved(f"{node.name}: combines different positions")
-        return _Tokens(ids)
+        broadcast: Any = torch.broadcast_tensors
+        ids, *others = broadcast(*(t.ids for t in tokens))
+        if any(not torch.equal(ids, other) for other in others):
+            raise NotProved(f"{node.name}: combines different positions")
+        return Tokens(ids)
 
-    def _project(self, node: Node, tokens: list[_Tokens]) -> _Tokens:
-        if not isinstance(self.env[node.args[0]], _Tokens):  # type: ignore[index]
-            raise _NotProved(f"{node.name}: a constant is multiplied by an activation")
-        weight = self.env[node.args[1]]  # type: ignore[index]
+    def _project(self, node: Node, tokens: list[Tokens]) -> Tokens:
+        if not isinstance(self._value(node, 0), Tokens):
+            raise NotProved(f"{node.name}: a constant is multiplied by an activation")
+        weight = self._value(node, 1)
         features = weight.shape[0] if node.target is LINEAR else weight.shape[-1]
-        return _Tokens(_row_ids(tokens[0])[..., None].expand(*tokens[0].ids.shape[:-1], features))
+        return Tokens(row_ids(tokens[0])[..., None].expand(*tokens[0].ids.shape[:-1], features))
 
-    def _attention(self, node: Node) -> _Tokens:
+    def _attention(self, node: Node) -> Tokens:
         query, key, value = (self.env[argument(node, i, "")] for i in range(3))
-        queries, keys = _row_ids(query), _row_ids(key)
-        self._same_samples(queries, keys, node)
-        if not torch.equal(keys, _row_ids(value)):
-            raise _NotProved(f"{node.name}: keys and values are in different order")
+        queries, keys = row_ids(query), row_ids(key)
+        check_same_samples(queries, keys, self.length, node.name)
+        if not torch.equal(keys, row_ids(value)):
+            raise NotProved(f"{node.name}: keys and values are in different order")
         mask = argument(node, 3, "attn_mask")
         if argument(node, 5, "is_causal", False):
             shape = (queries.shape[-1], keys.shape[-1])
@@ -271,47 +241,39 @@ class _Tracer:
         elif isinstance(mask, Node):
             mask = self.env[mask]
         if not isinstance(mask, Tensor) or not self._causal(mask, queries, keys):
-            raise _NotProved(f"{node.name}: attention is not causal")
-        return _Tokens(queries[..., None].expand(*queries.shape, value.ids.shape[-1]))
-
-    def _same_samples(self, queries: Tensor, keys: Tensor, node: Node) -> None:
-        if not torch.equal(
-            queries // self.length, (keys // self.length)[..., :1].expand_as(queries)
-        ):
-            raise _NotProved(f"{node.name}: attention crosses samples")
-        if not bool((keys // self.length == (keys // self.length)[..., :1]).all()):
-            raise _NotProved(f"{node.name}: attention crosses samples")
+            raise NotProved(f"{node.name}: attention is not causal")
+        return Tokens(queries[..., None].expand(*queries.shape, value.ids.shape[-1]))
 
     def _causal(self, mask: Tensor, queries: Tensor, keys: Tensor) -> bool:
-        return _is_causal_mask(
+        return is_causal_mask(
             mask, (queries % self.length)[..., :, None], (keys % self.length)[..., None, :]
         )
 
-    def _mask(self, scores: _Tokens, mask: Tensor) -> _Tokens:
+    def _mask(self, scores: Tokens, mask: Tensor) -> Tokens:
         assert scores.columns is not None  # callers pass attention scores
         queries, keys = scores.ids[..., 0], scores.columns
         causal = scores.causal or self._causal(mask, queries, keys)
-        return _Tokens(scores.ids, scores.columns, causal)
+        return Tokens(scores.ids, scores.columns, causal)
 
-    def _matmul(self, node: Node) -> _Tokens:
-        left, right = (self.env[a] for a in node.args[:2])  # type: ignore[index]
+    def _matmul(self, node: Node) -> Tokens:
+        left, right = self._value(node, 0), self._value(node, 1)
         if left.columns is None:  # Q K^T
-            queries = _row_ids(left)
-            keys = _row_ids(_Tokens(right.ids.transpose(-2, -1)))
-            self._same_samples(queries, keys, node)
-            return _Tokens(queries[..., None].expand(*queries.shape, keys.shape[-1]), keys)
+            queries = row_ids(left)
+            keys = row_ids(Tokens(right.ids.transpose(-2, -1)))
+            check_same_samples(queries, keys, self.length, node.name)
+            return Tokens(queries[..., None].expand(*queries.shape, keys.shape[-1]), keys)
         if not left.causal:
-            raise _NotProved(f"{node.name}: attention is not causal")
-        if not torch.equal(left.columns, _row_ids(right)):
-            raise _NotProved(f"{node.name}: keys and values are in different order")
-        queries = _row_ids(left)
-        return _Tokens(queries[..., None].expand(*queries.shape, right.ids.shape[-1]))
+            raise NotProved(f"{node.name}: attention is not causal")
+        if not torch.equal(left.columns, row_ids(right)):
+            raise NotProved(f"{node.name}: keys and values are in different order")
+        queries = row_ids(left)
+        return Tokens(queries[..., None].expand(*queries.shape, right.ids.shape[-1]))
 
-    def _gather(self, node: Node) -> _Tokens:
-        source = self.env[node.args[0]]  # type: ignore[index]
-        indices = map_arg(node.args[1], lambda n: self.env[n])
-        if not isinstance(source, _Tokens) or any(
+    def _gather(self, node: Node) -> Tokens:
+        source = self._value(node, 0)
+        indices: Any = map_arg(node.args[1], lambda n: self.env[n])
+        if not isinstance(source, Tokens) or any(
             i is not None and not isinstance(i, Tensor) for i in indices
         ):
-            raise _NotProved(f"{node.name}: indexes by an activation")
-        return _Tokens(aten.index.Tensor(source.ids, list(indices)))
+            raise NotProved(f"{node.name}: indexes by an activation")
+        return Tokens(aten.index.Tensor(source.ids, list(indices)))

@@ -120,7 +120,7 @@ def _open(args: argparse.Namespace, files: Path, screen: Screen) -> _Demo:
     words = [word for k in range(len(prompts.names)) for word in prompts.prompts(k)]
     evaluation = Evaluation(list(folder), prompts, model.tokenizer(words), model.device)
     graphs = capture_towers(model, {})
-    reference = evaluation.features(graphs, screen, "FP32")  # type: ignore[arg-type]
+    reference = evaluation.features(graphs, screen, "FP32")
     size = fp32_bytes(model, "image") + fp32_bytes(model, "text")
     return _Demo(model, graphs, data, evaluation, reference, size)
 
@@ -131,13 +131,13 @@ def _rows(args: argparse.Namespace, files: Path, screen: Screen) -> Iterator[lis
     yield ["FP32", "", "", percent(exact.acc1), "", "", "", megabytes(demo.size), ""]
     for bits in BITS:
         for key, title, options in METHODS:
-            config = QuantConfig(w_bits=bits, a_bits=bits, **options)  # type: ignore[arg-type]
+            config = QuantConfig.from_dict({"w_bits": bits, "a_bits": bits, **options})
             begun = time.perf_counter()
             result = quantize_towers(
                 demo.model, demo.graphs, demo.data.batches, config, ("image", "text"), screen
             )
             elapsed = time.perf_counter() - begun
-            features = demo.evaluation.features(result.towers, screen, title)  # type: ignore[arg-type]
+            features = demo.evaluation.quantized(result, demo.reference, screen)
             for setting, towers in SETTINGS:
                 report = _report(args, demo, result, features, config, towers, elapsed, screen)
                 name = f"{key}-w{bits}a{bits}-{'-'.join(towers)}.json"

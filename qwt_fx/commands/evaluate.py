@@ -93,7 +93,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         towers, classifier = _quantized_part(artifact)
         graphs = {tower: artifact.towers[tower] for tower in towers}
         lowered = {t: api.lower(artifact.towers[t], args.backend).to(loaded.device) for t in TOWERS}
-        quantized = evaluation.features(lowered, screen, "quantized")  # type: ignore[arg-type]
+        quantized = evaluation.features(lowered, screen, "quantized")
     metrics = metrics_of(evaluation, reference, quantized, towers, classifier)
     elapsed = time.perf_counter() - begun
     config = None if artifact is None else QuantConfig.from_dict(artifact.config)

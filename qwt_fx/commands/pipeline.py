@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,14 +61,14 @@ def quantize_towers(
         if tower == "image":
             classifier = _observe_classifier(prepared, inputs, config, seconds)
         with screen.phase(f"{tower} tower: compensate") as update:
-            api.calibrate(
-                prepared,
-                inputs,
-                seconds=seconds,
-                progress=lambda _, done, total, update=update: update(done, total),
-            )
+            bar = partial(_advance, update)
+            api.calibrate(prepared, inputs, seconds=seconds, progress=bar)
         result[tower] = api.convert(prepared)
     return QuantizedClip(result, tuple(towers), classifier, seconds)
+
+
+def _advance(update: Callable[[int, int], None], phase: str, done: int, total: int) -> None:
+    update(done, total)
 
 
 def _observe_classifier(
@@ -116,7 +117,16 @@ class Evaluation:
         with screen.phase(f"{name}: prompts") as update:
             return text_features(tower, self.tokens, device=self.device, progress=update)
 
-    def features(self, towers: dict[str, nn.Module], screen: Screen, name: str) -> Features:
+    def quantized(self, result: QuantizedClip, reference: Features, screen: Screen) -> Features:
+        """Embeddings of the quantized towers; a floating-point tower's are the reference's."""
+        images, prompts = reference.image, reference.prompts
+        if "image" in result.quantized:
+            images, _ = self.image(result.towers["image"], screen, "quantized")
+        if "text" in result.quantized:
+            prompts = self.text(result.towers["text"], screen, "quantized")
+        return Features(images, prompts, reference.labels)
+
+    def features(self, towers: Mapping[str, nn.Module], screen: Screen, name: str) -> Features:
         """Embeddings of both towers."""
         images, labels = self.image(towers["image"], screen, name)
         return Features(images, self.text(towers["text"], screen, name), labels)

@@ -97,28 +97,17 @@ def _quantize(
     evaluation = open_evaluation(args, model, screen)
     # The original reads one batch more when it quantizes both towers (QwT quirk 19).
     extra = 1 if config.compat == "original" and len(towers) == 2 else 0
-    data = load_batches(args, model, screen, extra, evaluation and evaluation.prompts)
+    prompts = None if evaluation is None else evaluation.prompts
+    data = load_batches(args, model, screen, extra, prompts)
     seconds: dict[str, float] = {}
     graphs = capture_towers(model, seconds)
     result = quantize_towers(model, graphs, data.batches, config, towers, screen)
     for phase, value in result.seconds.items():
         seconds[phase] = seconds.get(phase, 0.0) + value
-    metrics: dict[str, Any] = {}
+    started = time.perf_counter()
     if evaluation is not None:
-        started = time.perf_counter()
-        reference = evaluation.features(graphs, screen, "FP32")  # type: ignore[arg-type]
-        # An unquantized tower gives the reference's features again: they are reused.
-        images, labels = (
-            evaluation.image(result.towers["image"], screen, "quantized")
-            if "image" in towers
-            else (reference.image, reference.labels)
-        )
-        prompts = (
-            evaluation.text(result.towers["text"], screen, "quantized")
-            if "text" in towers
-            else reference.prompts
-        )
-        quantized = type(reference)(images, prompts, labels)
+        reference = evaluation.features(graphs, screen, "FP32")
+        quantized = evaluation.quantized(result, reference, screen)
         metrics = metrics_of(evaluation, reference, quantized, towers, result.classifier)
         seconds["evaluate"] = time.perf_counter() - started
     else:

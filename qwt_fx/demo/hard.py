@@ -47,7 +47,7 @@ class Strength:
     norm_sigma: float = 1.0
     norm_outliers: float = 0.01
     norm_factor: float = 20.0
-    value_sigma: float = 1.2
+    value_sigma: float = 1.05
     value_outliers: int = 2
     value_factor: float = 8.0
 

@@ -169,7 +169,7 @@ def test_writing_twice_replaces_and_a_strange_image_is_refused(tmp_path: Path) -
     name = "visual.transformer.resblocks.0.ln_1.weight"
     assert not torch.equal(hard[name], assets.demo_state_dict("plain")[name])
     (tmp_path / "val" / "0000" / "mine.png").write_bytes(b"")
-    with pytest.raises(OutputError, match="0000/mine.png"):
+    with pytest.raises(OutputError, match=r"0000/mine\.png"):
         assets.write_files(tmp_path)
 
 

@@ -122,7 +122,7 @@ def test_only_the_outlier_channels_are_scaled_when_sigma_is_zero() -> None:
 
 
 def test_another_architecture_is_refused() -> None:
-    with pytest.raises(ModelError, match="no transformer.resblocks"):
+    with pytest.raises(ModelError, match=r"no transformer\.resblocks"):
         harden({"blocks.0.norm1.weight": torch.ones(4)}, seed=0)
 
 

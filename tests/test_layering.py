@@ -1,0 +1,261 @@
+"""The architecture of docs/design.md, read from the source: who may import whom.
+
+Data flows core -> passes -> api and core -> backends -> api. Each rule is shown to bite on a
+source that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"qwt_fx": "qwt_fx", "passes": "qwt_fx.passes", "backends": "qwt_fx.backends"}
+FX_FREE = ("qwt_fx.qparams", "qwt_fx.errors", "qwt_fx.config")
+TORCH_AO = "qwt_fx.torch_ao"
+PROGRAM = ("qwt_fx.cli", "qwt_fx.__main__", "qwt_fx.commands")
+
+
+def module_name(path: str) -> str:
+    """`passes/fold.py` -> `qwt_fx.passes.fold`; a package's `__init__.py` -> the package."""
+    folder, _, rest = path.removesuffix(".py").partition("/")
+    return ".".join((FOLDERS[folder], *rest.split("/"))).removesuffix(".__init__")
+
+
+def within(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def layer(module: str) -> str:
+    """core, passes, backends, api, or program: the package itself, the CLI and its commands."""
+    if module == "qwt_fx" or within(module, *PROGRAM):
+        return "program"
+    for name in ("passes", "backends", "api"):
+        if within(module, f"qwt_fx.{name}"):
+            return name
+    return "core"
+
+
+# What a layer may import beside core; the package `qwt_fx` itself is the program's.
+MAY_IMPORT = {
+    "core": set(),
+    "passes": set(),
+    "backends": {"backends"},
+    "api": {"passes", "backends"},
+    "program": {"passes", "backends", "api", "program"},
+}
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str, str | None]]:
+    """(line, module, name): `import module` has no name; a relative import starts with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from ((node.lineno, module, alias.name) for alias in node.names)
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Names that a module defines itself."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def mentions_torch_ao(tree: ast.Module) -> Iterator[int]:
+    """Lines whose code, not prose, names torch.ao or torchao."""
+    prose = {  # docstrings and messages may speak of them
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found = ast.unparse(node) == "torch.ao"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            module = re.fullmatch(r"(torch\.ao|torchao)(\.\w+)*", node.value)
+            found = module is not None and id(node) not in prose
+        else:
+            continue
+        if found:
+            yield node.lineno
+    for line, module, name in imports(tree):
+        if within(module, "torch.ao", "torchao") or (module, name) == ("torch", "ao"):
+            yield line
+
+
+def violations(sources: Mapping[str, str]) -> list[str]:
+    """Every broken rule in the sources (path -> text), as `path:line: what`."""
+    trees = {module_name(path): ast.parse(text) for path, text in sources.items()}
+    paths = {module_name(path): path for path in sources}
+    found: list[str] = []
+    edges: dict[str, set[str]] = {}
+    for module, tree in trees.items():
+        mine = layer(module)
+        edges[module] = set()
+        for line, target, name in imports(tree):
+            where = f"{paths[module]}:{line}"
+            if target.startswith("."):
+                found.append(f"{where}: relative import {target}: name the full module")
+                continue
+            if not within(target, "qwt_fx"):
+                continue
+            full = f"{target}.{name}"
+            if full in trees:  # `from qwt_fx import clip` names the module clip
+                target = full
+            elif name and target in trees and paths[target].endswith("__init__.py"):
+                own = defined(trees[target])
+                if name not in own:
+                    found.append(f"{where}: {name} is not defined in {target}: name its module")
+                    continue
+            if target == module:
+                continue
+            edges[module].add(target)
+            theirs = layer(target)
+            itself = mine == "passes" and module == "qwt_fx.passes"  # exports its passes
+            if theirs not in {"core", *MAY_IMPORT[mine]} and not (itself and theirs == "passes"):
+                found.append(f"{where}: {module} ({mine}) imports {target} ({theirs})")
+        if module != TORCH_AO:
+            for line in mentions_torch_ao(tree):
+                found.append(f"{paths[module]}:{line}: only qwt_fx/torch_ao.py may name torch.ao")
+        if not within(module, *PROGRAM):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+                    found.append(f"{paths[module]}:{node.lineno}: print outside the program")
+    for module in set(FX_FREE) & trees.keys():
+        for reached in reachable(module, edges):
+            for line, target, name in imports(trees[reached]):
+                if within(target, "torch.fx") or (target, name) == ("torch", "fx"):
+                    found.append(f"{paths[reached]}:{line}: {module} must not import fx")
+    return sorted(found)
+
+
+def reachable(module: str, edges: Mapping[str, set[str]]) -> set[str]:
+    """`module` and the modules it imports, directly or not."""
+    seen, todo = set[str](), [module]
+    while todo:
+        if (current := todo.pop()) not in seen:
+            seen.add(current)
+            todo.extend(edges.get(current, ()))
+    return seen
+
+
+def test_the_tree_keeps_every_rule() -> None:
+    sources = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        if not path.is_symlink() and not any(p.is_symlink() for p in path.parents)
+    }
+    assert "qwt_fx/errors.py" in sources
+    assert "passes/__init__.py" in sources
+    assert violations(sources) == []
+
+
+SOUND = {
+    "qwt_fx/__init__.py": "from qwt_fx.api import prepare\nfrom qwt_fx.config import Config",
+    "qwt_fx/__main__.py": "from qwt_fx.cli import main",
+    "qwt_fx/api.py": "from qwt_fx.passes.fold import Fold\nfrom qwt_fx.backends import backend_for",
+    "qwt_fx/cli.py": "from qwt_fx.commands import run\nprint(1)",
+    "qwt_fx/commands/__init__.py": "",
+    "qwt_fx/commands/run.py": "from qwt_fx import api, clip\nfrom qwt_fx.cli import main",
+    "qwt_fx/clip.py": "import torch.fx\nfrom qwt_fx.errors import QwtError",
+    "qwt_fx/config.py": "import torch\nfrom qwt_fx.errors import QwtError",
+    "qwt_fx/errors.py": '"""The torch.ao twin: torchao."""\nhelp = "pip install torchao"',
+    "qwt_fx/torch_ao.py": "import torch.ao\nPROVIDER = 'torchao.quantization'",
+    "passes/__init__.py": "from qwt_fx.passes.fold import Fold",
+    "passes/fold.py": "from torch import fx\nfrom qwt_fx.clip import load",
+    "passes/other.py": "",
+    "backends/__init__.py": "from qwt_fx.backends.base import Base\ndef backend_for(name): ...",
+    "backends/base.py": "from qwt_fx.clip import load",
+}
+
+
+def test_sound_sources_pass() -> None:
+    assert violations(SOUND) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "problem"),
+    [
+        ("qwt_fx/config.py", "import torch.fx", "qwt_fx.config must not import fx"),
+        ("qwt_fx/errors.py", "from torch import fx", "qwt_fx.config must not import fx"),
+        ("qwt_fx/qparams.py", "def f():\n    from torch.fx import Node", "must not import fx"),
+        ("qwt_fx/config.py", "import qwt_fx.clip", "clip.py:1: qwt_fx.config must not import fx"),
+        ("passes/fold.py", "import qwt_fx.passes.other", "(passes) imports qwt_fx.passes.other"),
+        ("passes/fold.py", "from qwt_fx.passes import other", "(passes) imports qwt_fx.passes"),
+        ("passes/fold.py", "from qwt_fx.backends.base import Base", "(passes) imports qwt_fx.back"),
+        ("passes/fold.py", "from qwt_fx.api import prepare", "(passes) imports qwt_fx.api (api)"),
+        ("passes/__init__.py", "import qwt_fx.api", "qwt_fx.passes (passes) imports qwt_fx.api"),
+        ("backends/base.py", "import qwt_fx.passes.fold", "(backends) imports qwt_fx.passes.fold"),
+        ("backends/base.py", "import qwt_fx.cli", "(backends) imports qwt_fx.cli (program)"),
+        ("qwt_fx/clip.py", "from qwt_fx import api", "qwt_fx.clip (core) imports qwt_fx.api (api)"),
+        ("qwt_fx/clip.py", "import qwt_fx.passes.fold", "(core) imports qwt_fx.passes.fold"),
+        ("qwt_fx/clip.py", "import qwt_fx.backends.base", "(core) imports qwt_fx.backends.base"),
+        ("qwt_fx/clip.py", "import qwt_fx", "qwt_fx.clip (core) imports qwt_fx (program)"),
+        ("qwt_fx/api.py", "import qwt_fx.commands.run", "(api) imports qwt_fx.commands.run"),
+        ("qwt_fx/clip.py", "from .errors import QwtError", "relative import .errors"),
+        ("qwt_fx/api.py", "from qwt_fx.passes import Fold", "Fold is not defined in qwt_fx.passes"),
+        ("qwt_fx/cli.py", "from qwt_fx import prepare", "prepare is not defined in qwt_fx"),
+        ("qwt_fx/clip.py", "from torch import ao", "only qwt_fx/torch_ao.py may name torch.ao"),
+        (
+            "passes/fold.py",
+            "import torch\ntorch.ao.nn",
+            "only qwt_fx/torch_ao.py may name torch.ao",
+        ),
+        ("passes/fold.py", "load('torchao.x')", "only qwt_fx/torch_ao.py may name torch.ao"),
+        ("backends/base.py", "import torchao", "only qwt_fx/torch_ao.py may name torch.ao"),
+        ("qwt_fx/clip.py", "def f():\n    print('x')", "clip.py:2: print outside the program"),
+    ],
+)
+def test_each_rule_bites(path: str, source: str, problem: str) -> None:
+    assert any(problem in line for line in violations(SOUND | {path: source}))
+
+
+# A path of somebody's machine; /tmp/ is fine in tests. Written so as not to find itself.
+MACHINE_PATH = re.compile(r"(?<![\w.~/-])/(home|root|work|Users)/\w")
+TEMPORARY = re.compile(r"(?<![\w.~/-])/tmp/\w")
+
+
+def machine_paths(name: str, text: str) -> list[str]:
+    patterns = [MACHINE_PATH] if name.startswith("tests/") else [MACHINE_PATH, TEMPORARY]
+    return [
+        f"{name}:{number}: {line.strip()}"
+        for number, line in enumerate(text.splitlines(), start=1)
+        if any(pattern.search(line) for pattern in patterns)
+    ]
+
+
+def test_no_file_names_a_path_of_somebodys_machine() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found: list[str] = []
+    for name in sorted(set(listed.stdout.splitlines())):
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError):  # binary, or deleted but not committed
+            continue
+        found += machine_paths(name, text)
+    assert found == []
+
+
+@pytest.mark.parametrize("folder", ["home", "root", "work", "tmp"])
+def test_machine_paths_are_found(folder: str) -> None:
+    line = f"open('/{folder}/me/model.pt')"
+    assert machine_paths("qwt_fx/clip.py", line) == [f"qwt_fx/clip.py:1: {line}"]
+    assert bool(machine_paths("tests/test_clip.py", line)) == (folder != "tmp")
+    assert machine_paths("README.md", f"https://example.org/{folder}/page and a/{folder}/b") == []
