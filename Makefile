@@ -53,7 +53,7 @@ test-min:
 	@$(RUN) $(MIN)/bin/python -m pytest $(FAST)
 
 bench: environment
-	@for script in $(wildcard benchmarks/*.py); do \
+	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(RUN) $(VENV)/bin/python "$$script" || exit 1; done
 
 environment:

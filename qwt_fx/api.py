@@ -36,7 +36,7 @@ from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
-from qwt_fx.recipes import compensation_for, recipe_for
+from qwt_fx.recipes import compensation_for, masks_for, recipe_for
 from qwt_fx.report import build_report
 from qwt_fx.runner import check_batches
 
@@ -107,7 +107,6 @@ def calibrate(
     config = config_of(prepared)
     recipe = recipe_for(config)
     listed = check_batches(batches)
-    reference = _floating_twin(prepared)
     with _timed(seconds, "calibrate"):
         if fake_quant_nodes(prepared):
             observe(prepared, listed)
@@ -117,11 +116,13 @@ def calibrate(
     with _timed(seconds, "compensate"):
         if compensation_for(config) != "none" and fake_quant_nodes(prepared):
             InsertCompensation(
-                reference,
+                # The reparameterized blocks without quantizers, as the published code takes them:
+                # the same function as the model's own blocks up to rounding.
+                _floating_twin(prepared),
                 listed,
                 kind=compensation_for(config),
                 hold_out=config.hold_out if recipe.held_out else 0.0,
-                token_masks=recipe.token_masks,
+                token_masks=masks_for(config)[1],
                 half=recipe.half_compensation,
                 progress=None if progress is None else partial(progress, "compensate"),
             )(prepared)

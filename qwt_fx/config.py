@@ -15,6 +15,7 @@ from qwt_fx.errors import ConfigError
 RECIPES = ("repq-vit", "best")
 COMPATS = ("none", "original")
 COMPENSATIONS = ("auto", "none", "qwt")
+TOKEN_MASKS = ("auto", "none", "regression", "all")
 ATTENTIONS = ("none", "uniform", "log2")
 FLOAT_BITS = (16, 32)
 MIN_BITS, MAX_BITS = 2, 8
@@ -92,6 +93,8 @@ class QuantConfig:
             nothing is an error when the graph is prepared.
         hold_out: share of the calibration samples that judges each compensation and chooses its
             ridge, in [0, 0.5); 0 judges on the samples that fitted it, as the original does.
+        token_masks: where text positions that provably cannot influence the output are left out:
+            "none", "regression" (of the compensation), "all" (ranges too); "auto" is the recipe's.
     """
 
     w_bits: int = 8
@@ -102,6 +105,7 @@ class QuantConfig:
     attention: str = "none"
     overrides: Mapping[str, str] = field(default_factory=dict)
     hold_out: float = 0.2
+    token_masks: str = "auto"
 
     def __post_init__(self) -> None:
         _bits("w_bits", self.w_bits)
@@ -110,6 +114,7 @@ class QuantConfig:
         _choice("compat", self.compat, COMPATS)
         _choice("compensation", self.compensation, COMPENSATIONS)
         _choice("attention", self.attention, ATTENTIONS)
+        _choice("token_masks", self.token_masks, TOKEN_MASKS)
         _fraction("hold_out", self.hold_out, below=0.5)
         if self.compat == "original" and self.recipe != "repq-vit":
             raise ConfigError(

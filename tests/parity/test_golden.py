@@ -38,15 +38,17 @@ TEMPLATES = 4
 
 
 def _files(pattern: re.Pattern[str]) -> list[Path]:
-    found = {
-        p.name: p for folder in (FOLDER, COMMITTED) if folder.is_dir() for p in folder.iterdir()
-    }
-    return [found[name] for name in sorted(found) if pattern.fullmatch(name)]
+    folders = [folder for folder in (COMMITTED, FOLDER) if folder.is_dir()]
+    return [p for folder in folders for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name)]
 
 
-def _beside(name: str) -> Path:
-    full = FOLDER / name
-    return full if full.is_file() else COMMITTED / name
+def _is_full(path: Path) -> bool:
+    """Whether the file lies in the full set; the committed one holds the image tower's part."""
+    return path.parent != COMMITTED
+
+
+def _id(path: Path) -> str:
+    return path.stem if _is_full(path) else f"committed_{path.stem}"
 
 
 class _Image(nn.Module):
@@ -74,29 +76,29 @@ class _Text(nn.Module):
 
 
 @cache
-def _towers() -> dict[str, GraphModule]:
+def _towers(folder: Path) -> dict[str, GraphModule]:
     model = open_clip.CLIP(
         embed_dim=32,
         quick_gelu=True,
         vision_cfg={"image_size": 32, "layers": 3, "width": 128, "head_width": 64, "patch_size": 8},
         text_cfg={"context_length": 16, "vocab_size": 512, "width": 128, "heads": 2, "layers": 3},
     )
-    model.load_state_dict(load_file(_beside("model.safetensors")), strict=False)
-    inputs = _inputs()
-    return {
-        "visual": api.capture(_Image(model.eval()), (inputs["calib.images.0"],)),
-        "text": api.capture(_Text(model), (inputs["calib.texts.0"],)),
-    }
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    inputs = _inputs(folder)
+    towers = {"visual": api.capture(_Image(model.eval()), (inputs["calib.images.0"],))}
+    if folder != COMMITTED:
+        towers["text"] = api.capture(_Text(model), (inputs["calib.texts.0"],))
+    return towers
 
 
 @cache
-def _inputs() -> dict[str, Tensor]:
-    return load_file(_beside("inputs.safetensors"))
+def _inputs(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "inputs.safetensors")
 
 
-def _batches(tower: str, count: int) -> list[Tensor]:
+def _batches(folder: Path, tower: str, count: int) -> list[Tensor]:
     key = "images" if tower == "visual" else "texts"
-    return [_inputs()[f"calib.{key}.{i}"] for i in range(count)]
+    return [_inputs(folder)[f"calib.{key}.{i}"] for i in range(count)]
 
 
 def _original_name(layer: str) -> str:
@@ -137,8 +139,8 @@ def _run(path: Path) -> _Run:
     count = 4 if setting == "image_only" else 5
     run = _Run(load_file(path), setting, {}, {}, None)  # type: ignore[arg-type]
     for tower in run.towers:
-        batches = _batches(tower, count)
-        prepared = api.prepare(_towers()[tower], config)
+        batches = _batches(path.parent, tower, count)
+        prepared = api.prepare(_towers(path.parent)[tower], config)
         observe(prepared, batches)
         if tower == "visual":
             with torch.no_grad():
@@ -163,7 +165,7 @@ def _snapshot(gm: GraphModule) -> dict[str, FakeQuant]:
 
 CLIP_FILES = _files(CLIP_FILE)
 ATTENTION_FILES = _files(ATTENTION_FILE)
-clip_files = pytest.mark.parametrize("path", CLIP_FILES, ids=lambda p: p.stem)
+clip_files = pytest.mark.parametrize("path", CLIP_FILES, ids=_id)
 
 
 def test_golden_files_were_found() -> None:
@@ -218,7 +220,7 @@ def test_reparameterized_tensors_equal_the_original_ones(path: Path) -> None:
                 assert value is not None
                 torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
                 checked += 1
-    assert checked == 24 * len(run.towers)  # 3 blocks x (2 norms + 2 linears) x (weight, bias)
+    assert checked == (24 * len(run.towers) if _is_full(path) else 2)  # 3 blocks x (2 norms + 2 linears) x (weight, bias)
 
 
 def _outputs(gm: GraphModule, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -232,7 +234,8 @@ def _outputs(gm: GraphModule, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
                 blocks.append(env[end])
                 ends.discard(end)
 
-    return run_all(gm, batch, visit), blocks
+    (features,) = run_all(gm, batch, visit)
+    return features, blocks
 
 
 def _share_of_error(ours: Tensor, original: Tensor, exact: Tensor) -> float:
@@ -244,10 +247,12 @@ def test_outputs_equal_the_original_ones(path: Path) -> None:
     run = _run(path)
     for tower in run.towers:
         kind = "images" if tower == "visual" else "texts"
-        features, blocks = _outputs(run.calibrated[tower], _inputs()[f"eval.{kind}"])
+        features, blocks = _outputs(run.calibrated[tower], _inputs(path.parent)[f"eval.{kind}"])
         name = "image_features" if tower == "visual" else "text_features"
         pairs = {name: features} | {f"{tower}.block{i}.out": b for i, b in enumerate(blocks)}
         assert len(blocks) == 3
+        pairs = {key: ours for key, ours in pairs.items() if f"quant.{key}" in run.golden}
+        assert len(pairs) == (4 if _is_full(path) else 2)
         for key, ours in pairs.items():
             share = _share_of_error(ours, run.golden[f"quant.{key}"], run.golden[f"fp32.{key}"])
             assert share <= OUTPUT_TOLERANCE, f"{key}: {share:.3f} of the quantization error"
@@ -273,11 +278,11 @@ def test_compensations_equal_the_original_ones(path: Path) -> None:
             assert float(error) <= (1e-3 if index == 0 else 5e-2), f"{block}: W"
 
 
-@clip_files
+@pytest.mark.parametrize("path", [p for p in CLIP_FILES if _is_full(p)], ids=_id)
 def test_classifier_equals_the_original_one(path: Path) -> None:
     run = _run(path)
-    golden, inputs = run.golden, _inputs()
-    towers = _towers() | (run.calibrated if run.setting == "all_quant" else {})
+    golden, inputs = run.golden, _inputs(path.parent)
+    towers = _towers(path.parent) | (run.calibrated if run.setting == "all_quant" else {})
     with torch.no_grad():
         prompts = towers["text"](inputs["class.texts"])
         images = run.calibrated["visual"](inputs["eval.images"])
@@ -298,14 +303,14 @@ def test_classifier_equals_the_original_one(path: Path) -> None:
     torch.testing.assert_close(logits * scale, golden["quant.class_logits"], rtol=0.05, atol=0.3)
 
 
-@pytest.mark.parametrize("path", ATTENTION_FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", ATTENTION_FILES, ids=_id)
 def test_quantized_attention_equals_the_original_one(path: Path) -> None:
     match = ATTENTION_FILE.fullmatch(path.name)
     assert match is not None
     golden = load_file(path)
     config = _config(int(match[1]), int(match[2]), False, attention="log2")
-    prepared = api.prepare(_towers()["visual"], config)
-    calibrated = api.calibrate(prepared, _batches("visual", 4))
+    prepared = api.prepare(_towers(path.parent)["visual"], config)
+    calibrated = api.calibrate(prepared, _batches(path.parent, "visual", 4))
     kinds = {
         "matmul1.operand 0": "matmul1.quantizer_A",
         "matmul1.operand 1": "matmul1.quantizer_B",
@@ -326,9 +331,9 @@ def test_quantized_attention_equals_the_original_one(path: Path) -> None:
                     assert float(module.zero_point) == pytest.approx(zero, abs=1e-3)
                 checked += 1
     assert checked == 12
-    features, blocks = _outputs(calibrated, _inputs()["eval.images"])
+    features, blocks = _outputs(calibrated, _inputs(path.parent)["eval.images"])
     share = _share_of_error(features, golden["quant.features"], golden["fp32.features"])
     assert share <= OUTPUT_TOLERANCE
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks if _is_full(path) else []):
         expected = golden[f"quant.block{index}.out"]
         assert float((block - expected).norm() / expected.norm()) <= 1e-3

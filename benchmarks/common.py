@@ -1,0 +1,86 @@
+"""What the benchmarks share: the demo CLIP with as many validation images as wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from qwt_fx import clip
+from qwt_fx.classes import resolve
+from qwt_fx.clip import ClipModel
+from qwt_fx.commands.pipeline import Evaluation, capture_towers
+from qwt_fx.commands.screen import Screen
+from qwt_fx.data import CalibrationData, load_calibration
+from qwt_fx.demo.assets import write_files
+from qwt_fx.evaluate import Features
+from qwt_fx.imagefolder import open_validation
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+SCREEN = Screen(quiet=True)
+
+
+@dataclass
+class Demo:
+    """The demo CLIP, captured, with FP32 embeddings of a validation set."""
+
+    model: ClipModel
+    graphs: dict[str, GraphModule]
+    evaluation: Evaluation
+    reference: Features
+    files: Path
+
+    def calibration(self, samples: int, batch: int, seed: int) -> CalibrationData:
+        """Calibration pairs drawn from the shipped shards."""
+        return load_calibration(
+            str(self.files / "calib-{000..003}.tar"),
+            transform=self.model.transform,
+            tokenizer=self.model.tokenizer,
+            samples=samples,
+            batch_size=batch,
+            seed=seed,
+        )
+
+
+def open_demo(work: Path, variant: str, images: int) -> Demo:
+    """Write the demo's files to `work`, render `images` validation images, embed them in FP32."""
+    files = work / variant
+    write_files(files, variant)
+    rendered = work / f"val-{images}"
+    if not rendered.is_dir():
+        script = ROOT / "demo_model" / "train.py"
+        words = ["--render-val", str(images), "--seed", "1", "--output", str(rendered)]
+        subprocess.run([sys.executable, str(script), *words], check=True)
+    model = clip.load(str(files / "model.json"), str(files / "model.safetensors"))
+    folder = open_validation(rendered, model.transform, 256, 0)
+    prompts = resolve(folder.classes, files / "classnames.txt", files / "templates.txt")
+    words = [word for k in range(len(prompts.names)) for word in prompts.prompts(k)]
+    evaluation = Evaluation(list(folder), prompts, model.tokenizer(words), model.device)
+    graphs = capture_towers(model, {})
+    return Demo(model, graphs, evaluation, evaluation.features(graphs, SCREEN, "FP32"), files)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured with."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+def write_results(name: str, document: dict[str, Any]) -> None:
+    """Write `results/NAME.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
