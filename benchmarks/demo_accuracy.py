@@ -107,9 +107,7 @@ def _row(
     }
 
 
-def _paired(
-    runs: dict[tuple[str, int], Any], seed: int, setting: str, bits: int
-) -> dict[str, Any]:
+def _paired(runs: dict[tuple[str, int], Any], seed: int, setting: str, bits: int) -> dict[str, Any]:
     """McNemar's test of RepQ-ViT + QwT against RepQ-ViT on the same images and calibration."""
     base, qwt = (runs[m, seed][setting]["correct"] for m in ("RepQ-ViT", "RepQ-ViT + QwT"))
     only_base, only_qwt, p = mcnemar(base, qwt)

@@ -40,11 +40,17 @@ class ConvertToIntegers(Pass):
             source = node.args[0]
             assert isinstance(source, Node)  # a FakeQuant reads one tensor
             weight = tensor_of(gm, source)
+            dtype = _dtype(source, weight)
+            cast = torch.ops.aten.to.dtype
             with gm.graph.inserting_before(node):
                 if weight is not None and module.spec.integer_zero_point:
-                    new = _integer_weight(gm, source, weight, module)
+                    new = _integer_weight(gm, source, weight.float(), module)
                 else:
+                    if dtype is not torch.float32:
+                        source = gm.graph.call_function(cast, (source, torch.float32))
                     new = _activation(gm, source, module)
+                if dtype is not torch.float32:  # the operators compute in float32
+                    new = gm.graph.call_function(cast, (new, dtype))
             new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
@@ -55,6 +61,11 @@ class ConvertToIntegers(Pass):
         left = [n.name for n in gm.graph.nodes if n.op == "call_module"]
         if left:
             raise PostconditionError(f"{self.name}: modules are left in the graph: {left[:3]}")
+
+
+def _dtype(source: Node, weight: Tensor | None) -> torch.dtype:
+    value = weight if weight is not None else source.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else torch.float32
 
 
 def _integer_weight(gm: GraphModule, source: Node, weight: Tensor, module: FakeQuant) -> Node:

@@ -86,7 +86,10 @@ class FakeQuant(nn.Module):
         return self.fake_quantize(x)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize `x` regardless of the mode."""
+        """Quantize and dequantize `x` regardless of the mode; the dtype stays, the maths are float32."""
+        return self._fake_quantize(x.float()).to(x.dtype)
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
         spec, scale = self.spec, self.scale
         if scale is None:
             raise NotCalibratedError(f"{self.name} has no scale: observe or calibrate first")

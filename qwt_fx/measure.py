@@ -40,7 +40,8 @@ def measure_layers(gm: GraphModule, batch: Any) -> None:
     }
     readers: dict[Node, list[Node]] = {}
     for layer in operands:
-        readers.setdefault(_node(layer.args[0]), []).append(layer)
+        if is_fake_quant(gm, layer.args[0]):
+            readers.setdefault(_node(layer.args[0]), []).append(layer)
     held: Env = {}  # each layer's input before its quantizer, by layer
 
     def visit(node: Node, env: Env) -> None:

@@ -49,7 +49,14 @@ def _data(demo: Path) -> list[str]:
 
 def _eval(demo: Path) -> list[str]:
     small, names = str(demo / "small"), str(demo / "names.txt")
-    return ["--imagenet-val", small, "--classnames", names, "--templates", str(demo / "templates.txt")]
+    return [
+        "--imagenet-val",
+        small,
+        "--classnames",
+        names,
+        "--templates",
+        str(demo / "templates.txt"),
+    ]
 
 
 def _quantize(demo: Path, output: Path, *extra: str) -> list[str]:
@@ -132,7 +139,9 @@ def test_fp32_eval_needs_no_calibration(demo: Path, tmp_path: Path) -> None:
 
 def test_log2_attention_runs_through_every_command(demo: Path, tmp_path: Path) -> None:
     output = tmp_path / "log2"
-    assert main(_quantize(demo, output, "--attention", "log2", "--w-bits", "4", "--a-bits", "4")) == 0
+    assert (
+        main(_quantize(demo, output, "--attention", "log2", "--w-bits", "4", "--a-bits", "4")) == 0
+    )
     model = qwt_fx.clip.load(output)
     for tower, softmaxes in ((model.image, 8), (model.text, 6)):
         nodes = [n for n in tower.graph.nodes if "quantize_log_sqrt2" in str(n.target)]
@@ -227,7 +236,10 @@ def _bad_inputs(demo: Path, tmp: Path) -> dict[str, tuple[Sequence[str], str]]:
             "--imagenet-val",
         ),
         "eval of nothing": (["eval", *_eval(demo)], "--artifact"),
-        "no artifact there": (["eval", "--artifact", str(tmp / "mine"), *_eval(demo)], "artifact.json"),
+        "no artifact there": (
+            ["eval", "--artifact", str(tmp / "mine"), *_eval(demo)],
+            "artifact.json",
+        ),
         "unknown device": ([*run, "--device", "tpu"], "tpu"),
     }
 
@@ -245,7 +257,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("value", ["1", "9", "seven"])
-def test_bits_out_of_range_are_refused_by_the_parser(demo: Path, value: str, tmp_path: Path) -> None:
+def test_bits_out_of_range_are_refused_by_the_parser(
+    demo: Path, value: str, tmp_path: Path
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(_quantize(demo, tmp_path / "o", "--w-bits", value))
     assert stopped.value.code == 2
@@ -312,5 +326,3 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         main([command, "--help"])
     assert stopped.value.code == 0
     assert "example" in capsys.readouterr().out
-
-

@@ -220,7 +220,9 @@ def test_reparameterized_tensors_equal_the_original_ones(path: Path) -> None:
                 assert value is not None
                 torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
                 checked += 1
-    assert checked == (24 * len(run.towers) if _is_full(path) else 2)  # 3 blocks x (2 norms + 2 linears) x (weight, bias)
+    assert checked == (
+        24 * len(run.towers) if _is_full(path) else 2
+    )  # 3 blocks x (2 norms + 2 linears) x (weight, bias)
 
 
 def _outputs(gm: GraphModule, batch: Tensor) -> tuple[Tensor, list[Tensor]]:

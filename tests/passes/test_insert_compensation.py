@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toys import WIDTH, Tower, randomize, tokens
+
+import qwt_fx
+from qwt_fx.config import QuantConfig
+from qwt_fx.errors import ConfigError, DataError, PreconditionError
+from qwt_fx.graph import find_node, graph_info
+from qwt_fx.observe import observe
+from qwt_fx.passes import InsertCompensation
+from qwt_fx.passes.insert_compensation import held_out_samples
+from qwt_fx.runner import Subgraph, run_all, start
+
+CONFIG = QuantConfig(3, 8, compensation="none")  # coarse weights: an error linear in x
+
+
+def _quantized(batches: list[torch.Tensor], layers: int = 2):
+    reference = qwt_fx.capture(randomize(Tower(layers)), (batches[0],))
+    q = qwt_fx.prepare(reference, CONFIG)
+    return reference, observe(q, batches)
+
+
+def _batches(count: int = 4, samples: int = 32) -> list[torch.Tensor]:
+    return [tokens(samples, 6, seed=10 + i) for i in range(count)]
+
+
+def _value(gm, name: str, x: torch.Tensor) -> torch.Tensor:
+    held = {}
+
+    def visit(node: object, env: dict) -> None:
+        held.update({n.name: v for n, v in env.items() if n.name == name})
+
+    run_all(gm, x, visit)
+    return held[name]
+
+
+def test_weights_equal_numpy_least_squares_on_a_well_posed_block() -> None:
+    batches = _batches()
+    reference, q = _quantized(batches)
+    first = graph_info(q).blocks[0]
+    InsertCompensation(reference, batches, hold_out=0.0, half=False)(q)
+    block = graph_info(q).blocks[1]
+    name = block.name
+    x = torch.cat([_value(q, block.input, b).reshape(-1, WIDTH) for b in batches])
+    original = graph_info(reference).blocks[1]
+    part = Subgraph(
+        reference, find_node(reference, original.input), find_node(reference, original.output)
+    )
+    exact = [part(start(reference, b), _value(q, block.input, b)) for b in batches]
+    partial = find_node(q, block.output).args[0].args[0].name  # type: ignore[union-attr]
+    rounded = [_value(q, partial, b) for b in batches]
+    y = torch.cat([(e - r).reshape(-1, WIDTH) for e, r in zip(exact, rounded, strict=True)])
+    z = np.concatenate([x.detach().double().numpy(), np.ones((len(x), 1))], axis=1)
+    expected = np.linalg.lstsq(z, y.detach().double().numpy(), rcond=None)[0]
+    found = qwt_fx.compensations(q)[name]
+    np.testing.assert_allclose(found["W"].numpy(), expected[:-1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["b"].numpy(), expected[-1], rtol=1e-3, atol=1e-4)
+    residual = y.detach().double().numpy() - z @ expected
+    total = y.detach().double().numpy() - y.detach().double().numpy().mean(axis=0)
+    assert found["r2"] == pytest.approx(1 - (residual**2).sum() / (total**2).sum(), abs=1e-6)
+    assert first.name == "blocks.0"
+
+
+def test_singular_block_behind_a_norm_is_solved_alike_by_any_thread_count() -> None:
+    batches = _batches()
+    found = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        reference, q = _quantized(batches)
+        InsertCompensation(reference, batches)(q)
+        torch.set_num_threads(before)
+        found.append(graph_info(q).compensations["blocks.0"])
+    assert found[0]["r2_held_out"] > 0.0
+    # The published float32 inverse went from -0.1 with one thread to -5000 with two.
+    assert found[0]["r2_held_out"] == pytest.approx(found[1]["r2_held_out"], abs=1e-3)
+
+
+def test_block_error_falls_and_second_run_is_unmodified() -> None:
+    batches = _batches()
+    reference, q = _quantized(batches)
+    exact = torch.cat([reference(b) for b in batches])
+    before = torch.cat([q(b) for b in batches])
+    result = InsertCompensation(reference, batches)(q)
+    after = torch.cat([q(b) for b in batches])
+    assert len(result.changes) == 2
+    assert (after - exact).norm() < (before - exact).norm()
+    again = InsertCompensation(reference, batches)(q)
+    assert not again.modified
+    assert {s.reason for s in again.skips} == {"compensated already"}
+
+
+def test_noise_is_rejected_on_held_out_samples() -> None:
+    batches = [tokens(3, 2, seed=i) for i in range(2)]  # 12 tokens for 16 channels
+    reference, q = _quantized(batches)
+    code = q.code
+    result = InsertCompensation(reference, batches)(q)
+    for block, record in graph_info(q).compensations.items():
+        assert record["applied"] == (record["r2_held_out"] > 0.0), block
+    assert all("is not positive" in s.reason for s in result.skips)
+    if not result.modified:
+        assert q.code == code
+
+
+def test_held_out_samples_are_spread_and_never_none_or_all() -> None:
+    assert held_out_samples(10, 0.2).nonzero().flatten().tolist() == [4, 9]
+    assert held_out_samples(3, 0.2).tolist() == [False, False, True]
+    assert not held_out_samples(5, 0.0).any()
+
+
+def test_one_sample_cannot_be_held_out() -> None:
+    batches = [tokens(1, 6)]
+    reference, q = _quantized(batches)
+    (skip,) = InsertCompensation(reference, batches)(q).skips
+    assert skip.reason == "one calibration sample: none can be held out"
+
+
+def test_bad_arguments_are_refused() -> None:
+    batches = _batches(1)
+    reference, q = _quantized(batches)
+    with pytest.raises(ConfigError, match="wanted 'qwt'"):
+        InsertCompensation(reference, batches, kind="magic")
+    with pytest.raises(DataError, match="got a generator"):
+        InsertCompensation(reference, (b for b in batches))
+    other = qwt_fx.capture(randomize(Tower(1)), (batches[0],))
+    with pytest.raises(PreconditionError, match="give the graph"):
+        InsertCompensation(other, batches)(q)
+    with pytest.raises(PreconditionError, match="has not been observed"):
+        InsertCompensation(reference, batches)(qwt_fx.prepare(reference, CONFIG))
+
+
+def test_graph_without_blocks_is_skipped() -> None:
+    model = torch.nn.Linear(WIDTH, WIDTH)
+    x = tokens()
+    reference = qwt_fx.capture(model, (x,))
+    q = observe(qwt_fx.prepare(reference, CONFIG), [x])
+    (skip,) = InsertCompensation(reference, [x])(q).skips
+    assert skip.reason == "no transformer block was found"
