@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qwt_fx.errors import ArtifactError
 
+MIN_BITS, MAX_BITS = 2, 7
+_MAX_ELEMENTS = 1 << 40
 _CHUNK = 1 << 20  # codes expanded to bits at a time; a multiple of 8, so chunks end on a byte
 
 
@@ -23,14 +25,14 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def _require_bits(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise ArtifactError(f"packing: got {bits} bits, wanted 1..8")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ArtifactError(f"packing: got {bits!r} bits, wanted {MIN_BITS}..{MAX_BITS}")
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes of any shape, each below 2^bits, into a uint8 vector (packed_size,).
+    """Pack uint8 codes of any shape, each below 2^bits, into a uint8 vector (packed_size,) on CPU.
 
-    Raises `ArtifactError` for another dtype or a code that needs more bits.
+    Raises `ArtifactError` for another dtype, bits outside 2..7 or a code that needs more bits.
     """
     _require_bits(bits)
     if codes.dtype is not torch.uint8:
@@ -39,7 +41,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if flat.numel() and int(flat.max()) >= 2**bits:
         raise ArtifactError(f"packing: code {int(flat.max())} does not fit {bits} bits")
     shifts = torch.arange(bits, dtype=torch.uint8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    weights = (2 ** torch.arange(8)).to(torch.uint8)
     parts = []
     for begin in range(0, flat.numel(), _CHUNK):
         stream = ((flat[begin : begin + _CHUNK, None] >> shifts) & 1).reshape(-1)
@@ -50,9 +52,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    """uint8 codes of this shape from a packed vector. Raises `ArtifactError` for a wrong size."""
+    """uint8 codes of this shape from a packed vector.
+
+    Raises `ArtifactError` for bits outside 2..7, a malformed shape, another dtype than uint8, a
+    wrong size, or fill bits that are not zero (the stream is damaged or was packed otherwise).
+    """
     _require_bits(bits)
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+        raise ArtifactError(f"unpacking: got the shape {list(shape)}, wanted sizes of at least 0")
     count = math.prod(shape)
+    if count > _MAX_ELEMENTS:
+        raise ArtifactError(f"unpacking: {count} codes, wanted at most {_MAX_ELEMENTS}")
     if packed.dtype is not torch.uint8 or packed.dim() != 1:
         raise ArtifactError(
             f"unpacking: got {packed.dtype} of {packed.dim()} dimensions, wanted uint8 of 1"
@@ -62,6 +72,9 @@ def unpack(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
             f"unpacking: got {packed.numel()} bytes for {count} codes of {bits} bits, "
             f"wanted {packed_size(count, bits)}"
         )
+    used = count * bits % 8
+    if used and int(packed[-1]) >> used:
+        raise ArtifactError("unpacking: the last byte's fill bits are not zero")
     places = torch.arange(8, dtype=torch.uint8)
     weights = (2 ** torch.arange(bits)).to(torch.uint8)
     parts = []
