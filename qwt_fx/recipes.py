@@ -37,7 +37,7 @@ REPQ_VIT_ORIGINAL = Recipe(
 REPQ_VIT = replace(REPQ_VIT_ORIGINAL, held_out=True, half_compensation=True)
 # Ranges keep the positions behind the end of a text: their activations resemble those of the
 # end-of-text token, which is the one that is pooled, and leaving them out costs the demo's text tower
-# about 1 dB at 4 bits (benchmarks/token_masks.py).
+# about 1 dB at 4 bits (README, Limits).
 BEST = replace(REPQ_VIT, compensation="qwt", mask_regression=True)
 
 
