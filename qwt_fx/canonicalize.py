@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import CaptureError
-from qwt_fx.graph import add_tensor, argument, is_constant
+from qwt_fx.graph import add_tensor, ancestors, argument, get_attr, is_constant
 
 aten = torch.ops.aten
 
@@ -111,7 +111,7 @@ def _run(gm: GraphModule, node: Node, cache: dict[Node, Any]) -> Any:
     """Value of a node that depends on no input."""
     if node not in cache:
         if node.op == "get_attr":
-            cache[node] = operator.attrgetter(str(node.target))(gm)
+            cache[node] = get_attr(gm, str(node.target))
         else:
             args, kwargs = torch.fx.node.map_arg(
                 (node.args, node.kwargs), lambda n: _run(gm, n, cache)
@@ -147,18 +147,8 @@ def _fold_constants(gm: GraphModule) -> None:
 
 
 def _reads_parameters(gm: GraphModule, node: Node) -> bool:
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "get_attr":
-            value = operator.attrgetter(str(current.target))(gm)
-            if isinstance(value, torch.nn.Parameter):
-                return True
-        stack.extend(current.all_input_nodes)
-    return False
+    reads = [n for n in ancestors(node) if n.op == "get_attr"]
+    return any(isinstance(get_attr(gm, str(n.target)), torch.nn.Parameter) for n in reads)
 
 
 def _follow_devices(gm: GraphModule) -> None:

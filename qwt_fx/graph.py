@@ -126,18 +126,21 @@ def is_call(node: object, targets: Iterable[Any]) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
+def ancestors(node: Node) -> set[Node]:
+    """The node and every node its value is computed from."""
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending.extend(current.all_input_nodes)
+    return found
+
+
 def is_constant(node: Node) -> bool:
     """Whether the node's value depends on no input (parameters, buffers and functions of them)."""
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder":
-            return False
-        stack.extend(current.all_input_nodes)
-    return True
+    return all(n.op != "placeholder" for n in ancestors(node))
 
 
 def tensor_of(gm: GraphModule, node: object) -> Tensor | None:
