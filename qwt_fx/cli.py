@@ -25,8 +25,8 @@ from qwt_fx.version import __version__
 EXIT_BUG, EXIT_INPUT, EXIT_CHECK, EXIT_INTERRUPT, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
 
-class _Terminated(BaseException):
-    """SIGTERM: unwinds like an interrupt, so that nothing half-written is left."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM: unwinds the program, so that nothing half-written is left."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,33 +54,43 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
     logging.basicConfig(format="qwt-fx: %(message)s", level=logging.WARNING)
     logging.getLogger("qwt_fx").setLevel(logging.INFO)
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    received: list[int] = []
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        raise _Stopped
+
+    codes = {signal.SIGINT: EXIT_INTERRUPT, signal.SIGTERM: EXIT_TERMINATED}
+    previous = {number: signal.signal(number, stop) for number in codes}
+    try:
+        code = _run(words)
+        return codes[signal.Signals(received[0])] if received else code
+    except BaseException:
+        # A library may have turned the interruption into an error of its own.
+        if received:
+            return codes[signal.Signals(received[0])]
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(words: list[str]) -> int:
     try:
         args = _parse(words)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         args.run(args)
+    except BrokenPipeError:  # the reader of our output went away: nothing is wrong here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except QwtError as error:
-        if debug:
+        if "--debug" in words:
             raise
         sys.stderr.write(f"qwt-fx: error: {error}\n")
         return EXIT_CHECK if isinstance(error, CheckFailed) else EXIT_INPUT
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPT
-    except _Terminated:
-        return EXIT_TERMINATED
-    except BrokenPipeError:  # the reader of our output went away: nothing is wrong here
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return 0
