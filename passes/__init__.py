@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwt_fx.pass_base import Change, Pass, PassManager, PassResult, Skip
+from qwt_fx.passes.calibrate_layers import CalibrateLayers
 from qwt_fx.passes.convert_to_integers import ConvertToIntegers
 from qwt_fx.passes.decompose_attention import DecomposeAttention
 from qwt_fx.passes.fold_channel_wise import FoldChannelWise
@@ -12,6 +13,7 @@ from qwt_fx.passes.insert_observers import InsertObservers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 
 __all__ = [
+    "CalibrateLayers",
     "Change",
     "ConvertToIntegers",
     "DecomposeAttention",

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import Block, add_tensor, find_node, graph_info
+from qwt_fx.hold_out import held_out_samples
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.regression import Fit, Moments, fit_held_out, fit_original
@@ -183,17 +184,6 @@ class InsertCompensation(Pass):
         for reader in readers:
             reader.replace_input_with(result, output)
         return output
-
-
-def held_out_samples(total: int, share: float) -> Tensor:
-    """Which of `total` samples are held out, bool (total,): evenly spread, at least one of them."""
-    if share <= 0.0:
-        return torch.zeros(total, dtype=torch.bool)
-    marks = torch.floor(torch.arange(total + 1, dtype=torch.float64) * share)
-    chosen = marks[1:] > marks[:-1]
-    if not bool(chosen.any()):
-        chosen[-1] = True
-    return chosen
 
 
 def _moved(block: Block, old: str, new: str) -> Block:

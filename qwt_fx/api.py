@@ -28,6 +28,7 @@ from qwt_fx.measure import measure_layers
 from qwt_fx.norms import fake_quant_of
 from qwt_fx.observe import config_of, fake_quant_nodes, observe, set_mode
 from qwt_fx.pass_base import Pass, PassManager, clean_up
+from qwt_fx.passes.calibrate_layers import CalibrateLayers
 from qwt_fx.passes.convert_to_integers import ConvertToIntegers
 from qwt_fx.passes.decompose_attention import DecomposeAttention
 from qwt_fx.passes.fold_channel_wise import FoldChannelWise
@@ -36,7 +37,7 @@ from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
-from qwt_fx.recipes import compensation_for, masks_for, recipe_for
+from qwt_fx.recipes import recipe_for
 from qwt_fx.report import build_report
 from qwt_fx.runner import check_batches
 
@@ -107,29 +108,40 @@ def calibrate(
     config = config_of(prepared)
     recipe = recipe_for(config)
     listed = check_batches(batches)
-    with _timed(seconds, "calibrate"):
-        if fake_quant_nodes(prepared):
+    if not fake_quant_nodes(prepared):
+        return prepared
+    floating = _floating_twin(prepared)
+    if recipe.layers is None:
+        with _timed(seconds, "calibrate"):
             observe(prepared, listed)
-    with _timed(seconds, "reparameterize"):
-        if fake_quant_nodes(prepared):
+        with _timed(seconds, "reparameterize"):
             PassManager((ReparameterizeLayerNorm(), FoldChannelWise()))(prepared)
+        # The reparameterized blocks without quantizers, as the published code takes them: the same
+        # function as the model's own blocks up to rounding.
+        floating = _floating_twin(prepared)
+    else:
+        with _timed(seconds, "calibrate"):
+            CalibrateLayers(floating, listed, recipe.layers, _phase(progress, "calibrate"))(
+                prepared
+            )
     with _timed(seconds, "compensate"):
-        if compensation_for(config) != "none" and fake_quant_nodes(prepared):
+        if recipe.compensation != "none":
             InsertCompensation(
-                # The reparameterized blocks without quantizers, as the published code takes them:
-                # the same function as the model's own blocks up to rounding.
-                _floating_twin(prepared),
+                floating,
                 listed,
-                kind=compensation_for(config),
+                kind=recipe.compensation,
                 hold_out=config.hold_out if recipe.held_out else 0.0,
-                token_masks=masks_for(config)[1],
+                token_masks=recipe.mask_regression,
                 half=recipe.half_compensation,
-                progress=None if progress is None else partial(progress, "compensate"),
+                progress=_phase(progress, "compensate"),
             )(prepared)
     with _timed(seconds, "calibrate"):
-        if fake_quant_nodes(prepared):
-            measure_layers(prepared, listed[0])
+        measure_layers(prepared, listed[0])
     return prepared
+
+
+def _phase(progress: Progress | None, phase: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else partial(progress, phase)
 
 
 def convert(prepared: GraphModule) -> GraphModule:

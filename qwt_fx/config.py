@@ -16,6 +16,14 @@ RECIPES = ("repq-vit", "best")
 COMPATS = ("none", "original")
 COMPENSATIONS = ("auto", "none", "qwt")
 TOKEN_MASKS = ("auto", "none", "regression", "all")
+RANGES = ("auto", "percentile", "output")
+TARGETS = ("auto", "local", "fp")
+ROUNDINGS = ("auto", "nearest", "gptq")
+AUTO = "auto"
+SWITCHES = ("fold_values", "refit", "bias_correction", "symmetric_weights", "constant_tokens")
+REMEDIES = (
+    "ranges", "reparameterization", "target", "rounding", "embedding_bits", *SWITCHES,
+)  # fmt: skip
 ATTENTIONS = ("none", "uniform", "log2")
 FLOAT_BITS = (16, 32)
 MIN_BITS, MAX_BITS = 2, 8
@@ -68,6 +76,11 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
 
 
+def _switch(name: str, value: object) -> None:
+    if value != AUTO and not isinstance(value, bool):
+        raise ConfigError(f"{name}: got {value!r}, wanted true, false or 'auto'")
+
+
 def _fraction(name: str, value: object, *, below: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0.0 <= float(value) < below:  # type: ignore[arg-type]
@@ -94,7 +107,24 @@ class QuantConfig:
         hold_out: share of the calibration samples that judges each compensation and chooses its
             ridge, in [0, 0.5); 0 judges on the samples that fitted it, as the original does.
         token_masks: where text positions that provably cannot influence the output are left out:
-            "none", "regression" (of the compensation), "all" (ranges too); "auto" is the recipe's.
+            "none", "regression" (of all least squares), "all" (ranges too).
+
+    The remedies of `best`, each alone (see `qwt_fx.remedies`); "auto", the default of every one, is
+    the recipe's choice:
+        ranges: "percentile" of the first batch (RepQ-ViT), or "output": from all batches, what
+            disturbs the layers' output least.
+        reparameterization: how much of a norm's channel differences moves into the weights: a
+            number in [0, 1], 1 being RepQ-ViT's own, or "search".
+        fold_values: move the scales of attention's output into the rows of the values.
+        refit: refit each weight on its quantized input.
+        target: what refit and compensation aim at: "local", the float layer or block on the
+            quantized path's input (as published), or "fp", the floating-point path's.
+        rounding: of weights, "nearest" or "gptq".
+        bias_correction: let biases take mean errors.
+        symmetric_weights: fix the zero point of weights at 2^(bits - 1).
+        constant_tokens: keep keys and values of the start token, which every text shares, in
+            floating point.
+        embedding_bits: 8 stores embedding tables as integers (weights only), 32 does not.
     """
 
     w_bits: int = 8
@@ -105,7 +135,17 @@ class QuantConfig:
     attention: str = "none"
     overrides: Mapping[str, str] = field(default_factory=dict)
     hold_out: float = 0.2
-    token_masks: str = "auto"
+    token_masks: str = AUTO
+    ranges: str = AUTO
+    reparameterization: str | float = AUTO
+    fold_values: bool | str = AUTO
+    refit: bool | str = AUTO
+    target: str = AUTO
+    rounding: str = AUTO
+    bias_correction: bool | str = AUTO
+    symmetric_weights: bool | str = AUTO
+    constant_tokens: bool | str = AUTO
+    embedding_bits: int | str = AUTO
 
     def __post_init__(self) -> None:
         _bits("w_bits", self.w_bits)
@@ -116,10 +156,27 @@ class QuantConfig:
         _choice("attention", self.attention, ATTENTIONS)
         _choice("token_masks", self.token_masks, TOKEN_MASKS)
         _fraction("hold_out", self.hold_out, below=0.5)
+        _choice("ranges", self.ranges, RANGES)
+        _choice("target", self.target, TARGETS)
+        _choice("rounding", self.rounding, ROUNDINGS)
+        for name in SWITCHES:
+            _switch(name, getattr(self, name))
+        if self.reparameterization not in (AUTO, "search"):
+            _fraction("reparameterization", self.reparameterization, below=1.0 + 1e-9)
+        if self.embedding_bits not in (AUTO, 8, 32) or isinstance(self.embedding_bits, bool):
+            raise ConfigError(
+                f"embedding_bits: got {self.embedding_bits!r}, wanted 8, 32 or 'auto'"
+            )
         if self.compat == "original" and self.recipe != "repq-vit":
             raise ConfigError(
                 f"compat='original' with recipe={self.recipe!r}: it reproduces the published "
                 "procedure, so it needs recipe='repq-vit'"
+            )
+        chosen = [name for name in REMEDIES if getattr(self, name) != AUTO]
+        if self.compat == "original" and chosen:
+            raise ConfigError(
+                f"{chosen[0]} with compat='original': the published procedure has no such remedy; "
+                "use compat='none'"
             )
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides: got {self.overrides!r}, wanted a mapping glob -> 'w8a8'")

@@ -20,7 +20,7 @@ from qwt_fx.errors import NotCalibratedError
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.graph import graph_info, tensor_of
 from qwt_fx.norms import fake_quant_of, is_fake_quant
-from qwt_fx.recipes import masks_for
+from qwt_fx.recipes import recipe_for
 from qwt_fx.runner import check_batches, start
 from qwt_fx.token_map import token_mask
 
@@ -74,7 +74,7 @@ def observe(gm: GraphModule, batches: Any) -> GraphModule:
     activations = [n for n in nodes if not _is_weight(gm, n)]
     set_mode(gm, Mode.OBSERVE)
     with torch.no_grad():
-        if masks_for(config_of(gm))[0]:
+        if recipe_for(config_of(gm)).mask_ranges:
             with masked_rows(gm, first, activations):
                 _run_first(gm, first)
         else:

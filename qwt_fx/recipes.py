@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from qwt_fx.config import QuantConfig
+from qwt_fx.config import AUTO, REMEDIES, QuantConfig
+from qwt_fx.remedies import LayerRemedies
+from qwt_fx.rescale_search import STRENGTHS
 
 
 @dataclass(frozen=True)
@@ -12,52 +15,99 @@ class Recipe:
     """The choices a recipe makes.
 
     Attributes:
-        compensation: "qwt" or "none".
+        compensation: a kind of compensation, or "none".
         mask_ranges, mask_regression: leave text positions that provably cannot matter out of the
-            quantizers' ranges / of the compensation's least squares.
+            quantizers' ranges / of all least squares (W4).
         held_out: judge each compensation on held-out samples and choose its ridge there (W1, W2);
             otherwise minimum-norm least squares judged on the samples that fitted it.
         half_compensation: store compensation weights in half precision.
+        target: "local" or "fp" (W3).
+        layers: what is done to each layer with all batches at hand; `None` is the published
+            procedure: ranges from the first batch, weights rounded to nearest.
+        constant_tokens: keep the start token's keys and values in floating point (W5).
+        embedding_bits: of embedding tables, 8 or 32.
     """
 
     compensation: str
-    mask_ranges: bool
-    mask_regression: bool
-    held_out: bool
-    half_compensation: bool
+    mask_ranges: bool = False
+    mask_regression: bool = False
+    held_out: bool = False
+    half_compensation: bool = False
+    target: str = "local"
+    layers: LayerRemedies | None = None
+    constant_tokens: bool = False
+    embedding_bits: int = 32
 
 
-REPQ_VIT_ORIGINAL = Recipe(
-    compensation="none",
-    mask_ranges=False,
-    mask_regression=False,
-    held_out=False,
-    half_compensation=False,
-)
+REPQ_VIT_ORIGINAL = Recipe(compensation="none")
 REPQ_VIT = replace(REPQ_VIT_ORIGINAL, held_out=True, half_compensation=True)
-# Ranges keep the positions behind the end of a text: their activations resemble those of the
-# end-of-text token, which is the one that is pooled, and leaving them out costs the demo's text tower
-# about 1 dB at 4 bits (README, Limits).
-BEST = replace(REPQ_VIT, compensation="qwt", mask_regression=True)
-
-
-def masks_for(config: QuantConfig) -> tuple[bool, bool]:
-    """Whether (ranges, regression) leave out positions that cannot matter."""
-    if config.token_masks == "auto":
-        recipe = recipe_for(config)
-        return recipe.mask_ranges, recipe.mask_regression
-    return config.token_masks == "all", config.token_masks in ("all", "regression")
+BEST = Recipe(
+    # Refitting each layer on the floating-point path leaves a block's compensation nothing to do
+    # that would pay for its multiplications (docs/accuracy.md has the table).
+    compensation="none",
+    mask_regression=True,
+    held_out=True,
+    half_compensation=True,
+    target="fp",
+    layers=LayerRemedies(),
+    constant_tokens=True,
+    embedding_bits=8,
+)
+# The layers' walk with every remedy switched off: what a single remedy is added to.
+_BARE = LayerRemedies(
+    output_ranges=False,
+    strengths=(1.0,),
+    fold_values=False,
+    refit=False,
+    fp_target=False,
+    rounding="nearest",
+    bias_correction=False,
+    mask_sums=False,
+)
 
 
 def recipe_for(config: QuantConfig) -> Recipe:
-    """The recipe a configuration names."""
+    """The recipe a configuration names, with the choices it makes itself."""
     if config.recipe == "best":
-        return BEST
-    return REPQ_VIT_ORIGINAL if config.compat == "original" else REPQ_VIT
+        recipe = BEST
+    else:
+        recipe = REPQ_VIT_ORIGINAL if config.compat == "original" else REPQ_VIT
+    changes: dict[str, Any] = {}
+    if config.compensation != AUTO:
+        changes["compensation"] = config.compensation
+    if config.token_masks != AUTO:
+        changes["mask_ranges"] = config.token_masks == "all"
+        changes["mask_regression"] = config.token_masks in ("all", "regression")
+    for name in ("target", "constant_tokens", "embedding_bits"):
+        if getattr(config, name) != AUTO:
+            changes[name] = getattr(config, name)
+    recipe = replace(recipe, **changes)
+    return replace(recipe, layers=_layers(config, recipe))
 
 
-def compensation_for(config: QuantConfig) -> str:
-    """The compensation a configuration asks for; "auto" is the recipe's own."""
-    if config.compensation == "auto":
-        return recipe_for(config).compensation
-    return config.compensation
+def _layers(config: QuantConfig, recipe: Recipe) -> LayerRemedies | None:
+    """The recipe's remedies of layers with those that the configuration sets."""
+    named = {n: getattr(config, n) for n in REMEDIES if getattr(config, n) != AUTO}
+    changes: dict[str, Any] = {
+        name: named[name]
+        for name in ("fold_values", "refit", "rounding", "bias_correction", "symmetric_weights")
+        if name in named
+    }
+    if "ranges" in named:
+        changes["output_ranges"] = named["ranges"] == "output"
+    if "reparameterization" in named:
+        strength = named["reparameterization"]
+        changes["strengths"] = STRENGTHS if strength == "search" else (float(strength),)
+    layers = recipe.layers
+    if layers is None:
+        if not changes:
+            return None
+        layers = _BARE
+    return replace(
+        layers,
+        **changes,
+        fp_target=recipe.target == "fp",
+        mask_ranges=recipe.mask_ranges,
+        mask_sums=recipe.mask_regression,
+        hold_out=config.hold_out,
+    )

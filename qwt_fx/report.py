@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from qwt_fx.config import QuantConfig
 from qwt_fx.graph import compute_nodes, graph_info, layer_name
 from qwt_fx.quantizers import operand_bits
-from qwt_fx.recipes import compensation_for
+from qwt_fx.recipes import recipe_for
 from qwt_fx.version import __version__
 
 SCHEMA = 1
@@ -137,7 +137,7 @@ def build_report(
     if config is not None:
         for key in ("recipe", "compat", "w_bits", "a_bits", "attention"):
             report[key] = getattr(config, key)
-        report["compensation"] = compensation_for(config)
+        report["compensation"] = recipe_for(config).compensation
     for tower, gm in graphs.items():
         report["layers"] += layer_rows(gm, tower)
         report["blocks"] += block_rows(gm, tower)

@@ -21,6 +21,7 @@ from qwt_fx.config import QuantConfig
 from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_features, zero_shot
 from qwt_fx.measure import sqnr_db, tensors_of
 from qwt_fx.observe import observe
+from qwt_fx.recipes import recipe_for
 
 TOWERS = ("image", "text")
 
@@ -58,11 +59,16 @@ def quantize_towers(
             continue
         inputs = [(batch[index].to(model.device),) for batch in batches]
         prepared = api.prepare(graphs[tower], config)
-        if tower == "image":
+        published = recipe_for(config).layers is None
+        if tower == "image" and published:
+            # The published code finds the classifier's range in the very run that finds all others.
+            observe(prepared, inputs)
             classifier = _observe_classifier(prepared, inputs, config, seconds)
-        with screen.phase(f"{tower} tower: compensate") as update:
+        with screen.phase(f"{tower} tower: calibrate") as update:
             bar = partial(_advance, update)
             api.calibrate(prepared, inputs, seconds=seconds, progress=bar)
+        if tower == "image" and not published:
+            classifier = _observe_classifier(prepared, inputs, config, seconds)
         result[tower] = api.convert(prepared)
     return QuantizedClip(result, tuple(towers), classifier, seconds)
 
@@ -77,9 +83,8 @@ def _observe_classifier(
     config: QuantConfig,
     seconds: dict[str, float],
 ) -> ClassifierQuantizer:
-    """The classifier reads the first batch's features in the same pass that finds every range."""
+    """The range of the classifier's input, from the quantized tower's features of the first batch."""
     begun = time.perf_counter()
-    observe(prepared, inputs)
     with torch.no_grad():
         features = prepared(*inputs[0])
     classifier = ClassifierQuantizer.observe(features, config)

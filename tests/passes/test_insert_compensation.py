@@ -9,9 +9,9 @@ import qwt_fx
 from qwt_fx.config import QuantConfig
 from qwt_fx.errors import ConfigError, DataError, PreconditionError
 from qwt_fx.graph import find_node, graph_info
+from qwt_fx.hold_out import held_out_samples
 from qwt_fx.observe import observe
 from qwt_fx.passes import InsertCompensation
-from qwt_fx.passes.insert_compensation import held_out_samples
 from qwt_fx.runner import Subgraph, run_all, start
 
 CONFIG = QuantConfig(3, 8, compensation="none")  # coarse weights: an error linear in x

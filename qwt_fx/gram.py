@@ -1,0 +1,119 @@
+"""The sums every weight remedy of a layer reads: one pass over the calibration tokens.
+
+With x the layer's quantized input and t what its output misses, t = wanted - (W x + b), the sums of 1,
+x, t, x x^T, x t^T and t^2. A change of the weights by D and of the bias by c leaves t - D x - c.
+Products are float32 over chunks of at most 4,096 tokens; the chunks are added in float64, in the
+order of the batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 4096
+
+
+@dataclass
+class LayerSums:
+    """Sums over tokens; inputs d, targets o. All float64.
+
+    gram (d, d); cross (d, o); x (d,); t (o,); square: sum of t^2; count: tokens.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    x: Tensor
+    t: Tensor
+    square: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def empty(cls, inputs: int, outputs: int, device: torch.device) -> LayerSums:
+        """No tokens yet."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(inputs), zeros(outputs))
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        """Add tokens: x (n, d), t (n, o), float32."""
+        for part, target in zip(torch.split(x, CHUNK), torch.split(t, CHUNK), strict=True):
+            if not len(part):
+                continue
+            self.gram += part.T @ part
+            self.cross += part.T @ target
+            self.x += part.sum(dim=0, dtype=torch.float64)
+            self.t += target.sum(dim=0, dtype=torch.float64)
+            self.square += float(target.square().sum(dtype=torch.float64))
+            self.count += len(part)
+
+    def __add__(self, other: LayerSums) -> LayerSums:
+        return LayerSums(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.x + other.x,
+            self.t + other.t,
+            self.square + other.square,
+            self.count + other.count,
+        )
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Covariance sums (d, d) and (d, o): what is left for a weight when a bias takes the means."""
+        count = max(self.count, 1)
+        return (
+            self.gram - torch.outer(self.x, self.x) / count,
+            self.cross - torch.outer(self.x, self.t) / count,
+        )
+
+    def bias(self, change: Tensor) -> Tensor:
+        """The change (o,) of the bias that leaves no mean error when the weights change by (o, d)."""
+        return (self.t - change.to(torch.float64) @ self.x) / max(self.count, 1)
+
+    def residual(self, change: Tensor, bias: Tensor) -> float:
+        """Sum of squared errors left by changes of the weights (o, d) and the bias (o,)."""
+        w, b = change.double(), bias.double()
+        explained = float((w * (w @ self.gram)).sum()) - 2.0 * float((w.T * self.cross).sum())
+        shift = 2.0 * float(b @ (w @ self.x)) - 2.0 * float(b @ self.t)
+        return self.square + explained + shift + self.count * float(b @ b)
+
+
+def refit(sums: LayerSums, ridge: float) -> Tensor | None:
+    """The change (o, d) float64 of the weights that fits best, `None` where nothing can be solved.
+
+    argmin over D of sum (t - D x - c)^2 + ridge mean(diag H) |D|^2 with c free, H the covariance sum of
+    x: a ridge regression that pulls towards the weights as they are.
+    """
+    gram, cross = sums.centred()
+    mean = gram.diagonal().mean()
+    if not bool(mean > 0.0):
+        return None
+    gram.diagonal().add_(ridge * mean)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info):  # fewer tokens than channels and next to no ridge
+        return None
+    return torch.cholesky_solve(cross, factor).T
+
+
+def choose_refit(
+    train: LayerSums, judge: LayerSums, ridges: tuple[float, ...]
+) -> tuple[Tensor | None, float | None]:
+    """The refit whose ridge is best on held-out tokens, solved again on every token, and that ridge.
+
+    `(None, None)` where the held-out tokens are served best by no change but the bias's.
+    """
+    nothing = torch.zeros(len(train.t), len(train.x), dtype=torch.float64, device=train.x.device)
+    chosen, least = None, judge.residual(nothing, train.bias(nothing))
+    for ridge in ridges:
+        change = refit(train, ridge)
+        if change is None:
+            continue
+        error = judge.residual(change, train.bias(change))
+        if error < least:
+            chosen, least = ridge, error
+    if chosen is None:
+        return None, None
+    return refit(train + judge, chosen), chosen

@@ -1,0 +1,150 @@
+"""Histograms that merge exactly: integer counts on a fixed grid made of float32 bit patterns.
+
+The grid depends on no data, so counts of any batches, in any order, add up to the same histogram.
+A bin is a sign, an exponent and the first 4 bits of the mantissa: 16 bins an octave, 6 % wide at
+most, from 2^-40 to 2^24; smaller values count as 0, larger ones fall into the last bin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SHIFT = 19  # keeps 4 of float32's 23 mantissa bits
+_LOWEST = (127 - 40) << 4
+_OCTAVES = 64
+_MAGNITUDES = _OCTAVES << 4
+BINS = 2 * _MAGNITUDES + 1  # negative, zero, positive
+
+
+def bin_of(x: Tensor) -> Tensor:
+    """Index of each float32 value's bin, int64, 0..BINS - 1, rising with the value."""
+    bits = x.contiguous().view(torch.int32)
+    magnitude = ((bits & 0x7FFFFFFF) >> _SHIFT) - (_LOWEST - 1)
+    magnitude = magnitude.clamp_(0, _MAGNITUDES).to(torch.int64)
+    return torch.where(bits < 0, -magnitude, magnitude).add_(_MAGNITUDES)
+
+
+def _edges() -> tuple[Tensor, Tensor]:
+    """Centre and half width of each bin, (BINS,) float64."""
+    patterns = (torch.arange(_MAGNITUDES + 1, dtype=torch.int32) + _LOWEST) << _SHIFT
+    edges = patterns.view(torch.float32).double()
+    centres, halves = (edges[:-1] + edges[1:]) / 2, (edges[1:] - edges[:-1]) / 2
+    zero = edges.new_zeros(1)
+    return (
+        torch.cat([-centres.flip(0), zero, centres]),
+        torch.cat([halves.flip(0), zero, halves]),
+    )
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Weighted values: `weight` spread over value +- half, each (k,) float64."""
+
+    value: Tensor
+    half: Tensor
+    weight: Tensor
+
+
+class Histogram:
+    """Counts of each channel's values, and their exact minimum, maximum, mean and variance.
+
+    Attributes:
+        counts: (channels, BINS) int64.
+        low, high: (channels,) float32.
+        total, square: (channels,) float64 sums of x and x^2.
+        rows: number of rows seen.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(channels, BINS, dtype=torch.int64, device=device)
+        self.low = torch.full((channels,), torch.inf, device=device)
+        self.high = torch.full((channels,), -torch.inf, device=device)
+        self.total = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.square = torch.zeros_like(self.total)
+        self.rows = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Count rows (n, channels) of any float dtype."""
+        if not len(rows):
+            return
+        x = rows.float()
+        channels = len(self.counts)
+        offsets = torch.arange(channels, device=x.device) * BINS
+        index = bin_of(x).add_(offsets)
+        flat = torch.bincount(index.flatten(), minlength=channels * BINS)
+        self.counts += flat.reshape(channels, BINS)
+        self.low = torch.minimum(self.low, x.amin(dim=0))
+        self.high = torch.maximum(self.high, x.amax(dim=0))
+        self.total += x.sum(dim=0, dtype=torch.float64)
+        self.square += x.square().sum(dim=0, dtype=torch.float64)
+        self.rows += len(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each channel, (channels,) float64."""
+        return self.total / max(self.rows, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each channel, (channels,) float64."""
+        return (self.square / max(self.rows, 1) - self.mean.square()).clamp_min(0.0)
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Centre and half width of each channel's bins, (channels, BINS) float64.
+
+        Centres never leave the values seen: the outermost bins end at the exact extremes.
+        """
+        centres, halves = (v.to(self.counts.device) for v in _edges())
+        low, high = self.low.double()[:, None], self.high.double()[:, None]
+        return centres.clamp(low, high), halves.expand(len(self.counts), -1)
+
+    def quantiles(self, p: float) -> tuple[Tensor, Tensor]:
+        """(quantile(1 - p), quantile(p)) of each channel up to half a bin, (channels,) float64."""
+        centres, _ = self.values()
+        cumulative = self.counts.cumsum(dim=1)
+        count = cumulative[:, -1:].double()
+        found = []
+        for share in (1.0 - p, p):
+            rank = torch.clamp(share * (count - 1.0), min=0.0)
+            index = (cumulative.double() > rank).to(torch.uint8).argmax(dim=1, keepdim=True)
+            found.append(centres.gather(1, index)[:, 0])
+        return found[0], found[1]
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Every bin that holds something: channel, centre, half width, count, each (k,)."""
+        centres, halves = self.values()
+        channel, bin_index = self.counts.nonzero(as_tuple=True)
+        return (
+            channel,
+            centres[channel, bin_index],
+            halves[channel, bin_index],
+            self.counts[channel, bin_index].double(),
+        )
+
+
+def gather_mass(
+    entries: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Mass:
+    """The values x / scale - shift of all channels together, channel c weighted by weight[c].
+
+    entries: those of a `Histogram`; weight, scale, shift: (channels,) float64. Values are binned
+    again on the same grid, so what was moved is at most one bin less exact.
+    """
+    channel, value, half, count = entries
+    amount = count * weight[channel]
+    if scale is not None:
+        value, half = value / scale[channel], half / scale[channel]
+    if shift is not None:
+        value = value - shift[channel]
+    index = bin_of(value.float())
+    empty = torch.zeros(BINS, dtype=torch.float64, device=value.device)
+    sums = [empty.clone().index_add_(0, index, v) for v in (amount, amount * value, amount * half)]
+    keep = sums[0] > 0
+    total = sums[0][keep]
+    return Mass(sums[1][keep] / total, sums[2][keep] / total, total)

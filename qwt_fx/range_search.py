@@ -1,0 +1,107 @@
+"""Ranges that disturb a layer's output least, from histograms over every calibration batch.
+
+The error of an input quantizer as its layer sees it is ||(Q(X) - X) W^T||^2. Rounding errors of
+different channels are nearly uncorrelated, so it is the sum over channels of the squared error times
+||W_c||^2, and a histogram per channel is all that it takes (method W6: ranges from all batches, the
+extremes among the candidates, the output's error as the objective).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwt_fx.histogram import Histogram, Mass
+from qwt_fx.qparams import QuantSpec, qparams_from_range
+
+# Shares of each extreme that a range may reach, 1 = the extreme itself.
+_COARSE = torch.cat(
+    [torch.tensor([0.0]), 2.0 ** torch.linspace(-6.0, 0.0, 25, dtype=torch.float64)]
+)
+_FINE = torch.linspace(0.84, 1.19, 15, dtype=torch.float64)
+CHANNEL_PERCENTILES = (0.99, 0.999, 0.9999, 1.0)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Qparams of a per-tensor quantizer, () float32 each, and its weighted squared error."""
+
+    scale: Tensor
+    zero_point: Tensor
+    error: float
+
+
+def squared_error(mass: Mass, scale: Tensor, zero_point: Tensor, quant_max: int) -> Tensor:
+    """Weighted squared error of each candidate quantizer, (candidates,) float64.
+
+    scale, zero_point: (candidates,). A bin wider than a step has the error of uniform values,
+    s^2 / 12; a narrower one that of its centre.
+    """
+    s, z = scale.double()[:, None], zero_point.double()[:, None]
+    low, high = -z * s, (quant_max - z) * s
+    value, half = mass.value[None], mass.half[None]
+    codes = torch.round(value / s) + z
+    restored = (codes.clamp(0, quant_max) - z) * s
+    miss = (value - restored).square() + half.square() / 3.0
+    inside = (value >= low - s / 2) & (value <= high + s / 2)
+    wide = inside & (2.0 * half >= s)
+    error = torch.where(wide, s.square() / 12.0, miss)
+    return error @ mass.weight
+
+
+def search_range(mass: Mass, spec: QuantSpec, extra: tuple[tuple[float, float], ...] = ()) -> Range:
+    """The per-tensor range with the least weighted squared error.
+
+    `extra` are further (low, high) candidates, such as percentiles. Two grids of shares of both
+    extremes are searched, the second around the best of the first.
+    """
+    value = mass.value
+    low = float((value - mass.half).min().clamp(max=0.0))
+    high = float((value + mass.half).max().clamp(min=0.0))
+    lows, highs = low * _COARSE, high * _COARSE
+    pairs = torch.cartesian_prod(lows, highs)
+    if extra:
+        pairs = torch.cat([pairs, torch.tensor(extra, dtype=torch.float64)])
+    best = _best(mass, spec, pairs)
+    around = torch.cartesian_prod(best[0] * _FINE, best[1] * _FINE).clamp(low, high)
+    low_high = _best(mass, spec, torch.cat([torch.stack([best]), around]))
+    scale, zero_point = qparams_from_range(low_high[0], low_high[1], spec)
+    error = squared_error(mass, scale[None], zero_point[None], spec.quant_max)
+    return Range(scale, zero_point, float(error[0]))
+
+
+def _best(mass: Mass, spec: QuantSpec, pairs: Tensor) -> Tensor:
+    """The (low, high) pair with the least error, (2,) float64."""
+    pairs = pairs[(pairs[:, 1] > pairs[:, 0])]
+    if not len(pairs):
+        return torch.zeros(2, dtype=torch.float64)
+    scale, zero_point = qparams_from_range(pairs[:, 0], pairs[:, 1], spec)
+    errors = squared_error(mass, scale.to(mass.value.device), zero_point, spec.quant_max)
+    return pairs[int(errors.argmin())]
+
+
+def channel_ranges(histogram: Histogram, levels: int) -> tuple[Tensor, Tensor]:
+    """The (low, high) of each channel with the least squared error at `levels` steps.
+
+    (channels,) float64 each; percentiles and the extremes are the candidates.
+    """
+    centres, _ = histogram.values()
+    counts = histogram.counts.double()
+    best_error = torch.full_like(histogram.total, torch.inf)
+    best_low, best_high = histogram.low.double(), histogram.high.double()
+    for p in CHANNEL_PERCENTILES:
+        low, high = histogram.quantiles(p)
+        if p == 1.0:
+            low, high = histogram.low.double(), histogram.high.double()
+        step = (high - low) / levels
+        outside = (centres - centres.clamp(low[:, None], high[:, None])).square()
+        error = (counts * outside).sum(dim=1) + counts.sum(dim=1) * step.square() / 12.0
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_low, best_high = (
+            torch.where(better, low, best_low),
+            torch.where(better, high, best_high),
+        )
+    return best_low, best_high

@@ -1,0 +1,41 @@
+"""The remedies of method section 4 that act on layers, as one declaration that passes read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerRemedies:
+    """What `CalibrateLayers` does beside finding plain ranges; every field can stand alone.
+
+    Attributes:
+        output_ranges: ranges minimize the error of the layers' output instead of the tensor's (W6).
+        strengths: candidates for how much of the channels' differences moves into the weights; (1.0,)
+            is RepQ-ViT's own choice, (0.0,) none (W5).
+        fold_values: move the scales of attention's output into the rows of the values (W8).
+        refit: refit each weight by ridge regression on its quantized input (W7, ERQ).
+        fp_target: aim at the floating-point path's output, and at the residual stream where the
+            layer adds to one, instead of the layer's own output on the quantized path's input (W3).
+        rounding: "gptq" or "nearest" (W7).
+        bias_correction: let the bias take the mean error (W7).
+        symmetric_weights: zero point of weights fixed at 2^(bits - 1), as integer kernels want it.
+        mask_ranges, mask_sums: leave text positions that provably cannot matter out of the ranges,
+            and out of the regressions and roundings (W4).
+        hold_out: share of the samples that choose each ridge.
+        tokens_per_input: at least so many tokens per input channel are summed for layers with more
+            inputs than outputs, whose Gram is most of the cost.
+    """
+
+    output_ranges: bool = True
+    strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    fold_values: bool = True
+    refit: bool = True
+    fp_target: bool = True
+    rounding: str = "gptq"
+    bias_correction: bool = True
+    symmetric_weights: bool = True
+    mask_ranges: bool = False
+    mask_sums: bool = True
+    hold_out: float = 0.2
+    tokens_per_input: int = 8

@@ -1,0 +1,93 @@
+"""Rounds a linear's weight to integers so that its OUTPUT changes least (method W7).
+
+With H = E[x x^T] of the layer's quantized input, the error of rounded weights W_q is
+tr((W_q - W) H (W_q - W)^T). GPTQ (arXiv 2210.17323) rounds one input channel after another and
+moves each error into the channels that are not rounded yet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwt_fx.qparams import QuantSpec, qparams_from_range
+
+_SHRINK = torch.linspace(0.4, 1.0, 25)
+_DAMPING = 0.01  # of the mean diagonal of H, as published
+_COLUMNS = 128  # rounded between two updates of all remaining columns
+
+
+def row_qparams(
+    weight: Tensor, importance: Tensor, spec: QuantSpec, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each output row, (o,) float32, for weights (o, i).
+
+    The range is the share of the row's extremes with the least squared error weighted by
+    `importance` (i,), the mean square of each input channel. A symmetric row has the zero point
+    2^(bits - 1).
+    """
+    low, high = weight.amin(dim=1), weight.amax(dim=1)
+    if symmetric:
+        # The codes reach one step further below zero than above.
+        half = 2 ** (spec.bits - 1)
+        reach = torch.maximum(high * (half / max(half - 1, 1)), -low)
+        low, high = -reach, reach * ((half - 1) / half)
+    best = qparams_from_range(low, high, spec)
+    best_error = torch.full_like(low, torch.inf)
+    for share in _SHRINK:
+        scale, zero = qparams_from_range(low * share, high * share, spec)
+        if symmetric:
+            zero = torch.full_like(zero, 2 ** (spec.bits - 1))
+        codes = round_codes(weight, scale, zero, spec)
+        miss = (codes - zero[:, None]).mul_(scale[:, None]).sub_(weight).square_()
+        error = miss @ importance.to(miss.dtype)
+        better = error <= best_error
+        best_error = torch.where(better, error, best_error)
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
+    return best
+
+
+def round_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Nearest codes, float, of weights (o, i) or of one column (o, 1)."""
+    codes = torch.round(weight / scale[:, None]) + zero_point[:, None]
+    return codes.clamp_(spec.quant_min, spec.quant_max)
+
+
+def round_to_nearest(weight: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """The dequantized nearest codes, (o, i)."""
+    codes = round_codes(weight, scale, zero_point, spec)
+    return (codes - zero_point[:, None]) * scale[:, None]
+
+
+def gptq(
+    weight: Tensor, gram: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec
+) -> Tensor:
+    """Dequantized weights (o, i) whose output error under `gram` is small.
+
+    gram: (i, i), a positive semi-definite second moment of the layer's input. Channels are rounded
+    in falling order of their second moment; dead channels (no input at all) keep nearest codes.
+    """
+    h = gram.to(torch.float32).clone()
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0.0:
+        return round_to_nearest(weight, scale, zero_point, spec)
+    diagonal += _DAMPING * mean
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    inverse_order = torch.argsort(order)
+    h = h[order][:, order]
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    left = weight.float()[:, order].clone()
+    rounded = torch.empty_like(left)
+    for begin in range(0, left.shape[1], _COLUMNS):
+        end = min(begin + _COLUMNS, left.shape[1])
+        block, local = left[:, begin:end], factor[begin:end, begin:end]
+        errors = torch.empty_like(block)
+        for i in range(end - begin):
+            column = block[:, i : i + 1]
+            rounded[:, begin + i] = round_to_nearest(column, scale, zero_point, spec)[:, 0]
+            errors[:, i] = (column[:, 0] - rounded[:, begin + i]) / local[i, i]
+            if i + 1 < end - begin:
+                block[:, i + 1 :] -= errors[:, i, None] * local[i, i + 1 :]
+        left[:, end:] -= errors @ factor[begin:end, end:]
+    return rounded[:, inverse_order]
