@@ -6,10 +6,12 @@ from qwt_fx.pass_base import Change, Pass, PassManager, PassResult, Skip
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
 from qwt_fx.passes.convert_to_integers import ConvertToIntegers
 from qwt_fx.passes.decompose_attention import DecomposeAttention
+from qwt_fx.passes.fix_constant_tokens import FixConstantTokens
 from qwt_fx.passes.fold_channel_wise import FoldChannelWise
 from qwt_fx.passes.insert_compensation import InsertCompensation
 from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
+from qwt_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Change",
     "ConvertToIntegers",
     "DecomposeAttention",
+    "FixConstantTokens",
     "FoldChannelWise",
     "InsertCompensation",
     "InsertLogSqrt2Softmax",
@@ -24,6 +27,7 @@ __all__ = [
     "Pass",
     "PassManager",
     "PassResult",
+    "QuantizeEmbeddings",
     "ReparameterizeLayerNorm",
     "Skip",
 ]

@@ -27,8 +27,8 @@ from qwt_fx.channel_map import NotMapped, value_map
 from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.gram import LayerSums
-from qwt_fx.graph import MATMULS, find_node, is_call, layer_name, through_shape_ops
-from qwt_fx.histogram import Histogram, gather_mass
+from qwt_fx.graph import MATMULS, find_node, graph_info, is_call, layer_name, through_shape_ops
+from qwt_fx.histogram import Histogram, Mass, gather_mass
 from qwt_fx.hold_out import held_out_samples
 from qwt_fx.layer_fit import FittedLayer, fit_layer
 from qwt_fx.layer_groups import (
@@ -50,13 +50,16 @@ from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.qparams import LOG_SQRT2
 from qwt_fx.range_search import search_range
 from qwt_fx.remedies import LayerRemedies
-from qwt_fx.rescale import divide_norm, divide_rows, set_layer, undo_in_columns, weight_and_bias
+from qwt_fx.rescale import divide_constants, divide_norm, divide_rows, set_layer, undo_in_columns, weight_and_bias
 from qwt_fx.rescale_search import Rescale, choose_rescale
 from qwt_fx.runner import BlockRunner, batch_size, check_batches
-from qwt_fx.sample_ids import sample_ids
+from qwt_fx.sample_ids import batch_axis, sample_ids
 from qwt_fx.token_map import token_mask
 
 aten = torch.ops.aten
+
+_APART = 4.0  # a position this many times larger than the median one may get its own scale ...
+_WORTH = 0.7  # ... where that leaves at most this share of the error
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,7 @@ class _Walk:
             held_out_samples(sum(self.sizes), self.remedies.hold_out), self.sizes
         )
         sources = [g.source for g in groups]
-        if self.remedies.mask_ranges or self.remedies.mask_sums:
-            self.masks = [token_mask(gm, batch, sources).rows for batch in batches]
-        else:
-            self.masks = [{} for _ in batches]
+        self.tokens = [token_mask(gm, batch, sources) for batch in batches]
 
     def group(self, group: LayerGroup) -> Iterator[Change | Skip]:
         """Calibrate one group."""
@@ -168,9 +168,43 @@ class _Walk:
         if self.remedies.output_ranges and weights and len(histogram.total) == weights[0].shape[1]:
             importance = torch.stack([w.double().square().sum(dim=0) for w in weights]).sum(dim=0)
         found = search_range(gather_mass(histogram.entries(), importance, scale, shift), spec)
+        token_scale = self._token_scale(group) if self.remedies.token_scales else None
+        if token_scale is not None:
+            apart = search_range(self._mass_apart(group, token_scale, importance), spec)
+            if apart.error < _WORTH * found.error:
+                found = apart
+                quantizer.token_scale = token_scale
+                done += f", {int((token_scale != 1).sum())} positions with scales of their own"
         quantizer.spec = spec
         quantizer.set_qparams(found.scale, found.zero_point)
         return Change(quantizer.name, done)
+
+    def _token_scale(self, group: LayerGroup) -> Tensor | None:
+        """Powers of two, (length, 1) or (length, 1, 1), that bring the few far larger positions down to the others."""
+        values = [env[group.source] for env in self.quantized.envs]
+        batch = batch_axis(group.source)
+        if values[0].dim() != 3 or batch not in (0, 1):
+            return None
+        largest = torch.stack([v.abs().amax(dim=(batch, 2)) for v in values]).amax(dim=0)
+        ratio = largest / largest.median().clamp_min(torch.finfo(torch.float32).tiny)
+        apart = ratio >= _APART
+        if not bool(apart.any()) or int(apart.sum()) > max(1, len(ratio) // 8):
+            return None
+        factor = torch.where(apart, ratio.log2().ceil(), 0.0).exp2()
+        return factor[:, None] if batch == 0 else factor[:, None, None]
+
+    def _mass_apart(self, group: LayerGroup, token_scale: Tensor, importance: Tensor) -> Mass:
+        """The values with every position divided by its scale, which multiplies its error again."""
+        parts = []
+        for factor in token_scale.unique().tolist():
+            histogram = Histogram(len(importance), importance.device)
+            chosen = token_scale.flatten() == factor
+            for env in self.quantized.envs:
+                x = env[group.source]
+                x = x[:, chosen] if token_scale.dim() == 2 else x[chosen]
+                histogram.add(x.reshape(-1, len(importance)) / factor)
+            parts.append(gather_mass(histogram.entries(), importance * factor**2))
+        return Mass(*(torch.cat([getattr(p, f) for p in parts]) for f in ("value", "half", "weight")))
 
     def _histogram(self, group: LayerGroup) -> Histogram:
         source = group.source
@@ -179,7 +213,7 @@ class _Walk:
         )
         first = self.quantized.envs[0][source]
         histogram = Histogram(first.shape[-1] if per_channel else 1, first.device)
-        for env, masks in zip(self.quantized.envs, self.masks, strict=True):
+        for index, env in enumerate(self.quantized.envs):
             x = env[source]
             if not bool(torch.isfinite(x).all()):
                 raise DataError(
@@ -187,10 +221,20 @@ class _Walk:
                     "check the weights and the calibration inputs"
                 )
             flat = x.reshape(-1, x.shape[-1])
-            mask = masks.get(source.name) if self.remedies.mask_ranges else None
+            mask = self._mask(index, source, behind_end=self.remedies.mask_ranges)
             flat = flat if mask is None else flat[mask]
             histogram.add(flat if per_channel else flat.reshape(-1, 1))
         return histogram
+
+    def _mask(self, index: int, source: Node, *, behind_end: bool) -> Tensor | None:
+        """Which rows of a batch count, (rows,) bool; `None` for all of them."""
+        proof = self.tokens[index]
+        mask = proof.rows.get(source.name) if behind_end else None
+        if graph_info(self.gm).constant_token is None or source.name not in proof.positions:
+            return mask
+        # Nothing reads position 0 but attention, and there it was replaced by constants.
+        moving = proof.positions[source.name] != 0
+        return moving if mask is None else mask & moving
 
     def _rescale(self, group: LayerGroup, histogram: Histogram, weights: list[Tensor], spec: Any):
         """Move differences between channels upstream and into the weights, where that is possible."""
@@ -224,6 +268,7 @@ class _Walk:
             histogram, weights, spec, width, self.remedies.strengths, shifts=shifts
         )
         divide_rows(self.gm, mapped.producer, mapped.rows, chosen.scale, chosen.shift)
+        divide_constants(self.gm, mapped.constants, mapped.rows, chosen.scale, chosen.shift)
         for linear in group.layers:
             undo_in_columns(self.gm, linear, chosen.scale, chosen.shift)
         self._transform(group.source, chosen)
@@ -311,7 +356,7 @@ class _Walk:
             count = rows_of(layer, weight, x).shape[0]
             samples = torch.arange(count) * batch // count
         keep = torch.arange(count)
-        mask = self.masks[index].get(source.name) if self.remedies.mask_sums else None
+        mask = self._mask(index, source, behind_end=self.remedies.mask_sums)
         if mask is not None and len(mask) == count:
             keep = keep[mask.cpu()]
         inputs, outputs = weight.flatten(1).shape[1], len(weight)

@@ -48,7 +48,7 @@ class ConvertToIntegers(Pass):
                 else:
                     if dtype is not torch.float32:
                         source = gm.graph.call_function(cast, (source, torch.float32))
-                    new = _activation(gm, source, module)
+                    new = _per_token(gm, source, module)
                 if dtype is not torch.float32:  # the operators compute in float32
                     new = gm.graph.call_function(cast, (new, dtype))
             new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
@@ -82,6 +82,17 @@ def _integer_weight(gm: GraphModule, source: Node, weight: Tensor, module: FakeQ
     return gm.graph.call_function(
         torch_ao.DEQUANTIZE_PER_CHANNEL, (codes_node, scale_node, zeros_node, axis, *limits)
     )
+
+
+def _per_token(gm: GraphModule, source: Node, module: FakeQuant) -> Node:
+    """The activation's quantizer, between two products where positions have scales of their own."""
+    if module.token_scale is None:
+        return _activation(gm, source, module)
+    multiply = torch.ops.aten.mul.Tensor
+    inverse = add_tensor(gm, f"{module.name}_token_inverse", module.token_scale.reciprocal())
+    factor = add_tensor(gm, f"{module.name}_token_scale", module.token_scale)
+    divided = gm.graph.call_function(multiply, (source, inverse))
+    return gm.graph.call_function(multiply, (_activation(gm, divided, module), factor))
 
 
 def _activation(gm: GraphModule, source: Node, module: FakeQuant) -> Node:

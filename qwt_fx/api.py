@@ -31,10 +31,12 @@ from qwt_fx.pass_base import Pass, PassManager, clean_up
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
 from qwt_fx.passes.convert_to_integers import ConvertToIntegers
 from qwt_fx.passes.decompose_attention import DecomposeAttention
+from qwt_fx.passes.fix_constant_tokens import FixConstantTokens
 from qwt_fx.passes.fold_channel_wise import FoldChannelWise
 from qwt_fx.passes.insert_compensation import InsertCompensation
 from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
+from qwt_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
 from qwt_fx.recipes import recipe_for
@@ -120,6 +122,9 @@ def calibrate(
         # function as the model's own blocks up to rounding.
         floating = _floating_twin(prepared)
     else:
+        with _timed(seconds, "reparameterize"):
+            if recipe.constant_tokens:
+                FixConstantTokens(listed)(prepared)
         with _timed(seconds, "calibrate"):
             CalibrateLayers(floating, listed, recipe.layers, _phase(progress, "calibrate"))(
                 prepared
@@ -151,6 +156,8 @@ def convert(prepared: GraphModule) -> GraphModule:
     """
     converted = copy.deepcopy(prepared)
     ConvertToIntegers()(converted)
+    if recipe_for(config_of(prepared)).embedding_bits == 8:
+        QuantizeEmbeddings()(converted)
     return converted
 
 

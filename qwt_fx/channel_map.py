@@ -38,11 +38,15 @@ _BATCH = 2  # stands for every symbol of a size
 
 @dataclass(frozen=True)
 class ValueMap:
-    """The linear whose rows become the values, and the row of each channel of the output, (d,)."""
+    """The linear whose rows become the values, and the row of each channel of the output, (d,).
+
+    `constants` are the `where` calls between that put a constant of all rows at some positions.
+    """
 
     producer: Node
     rows: Tensor
     attention: Node
+    constants: tuple[Node, ...] = ()
 
 
 class NotMapped(Exception):
@@ -69,7 +73,29 @@ def value_map(gm: GraphModule, output: Node) -> ValueMap:
         raise NotMapped("several of its channels share a value row")
     if bool(torch.isin(found, others).any()):
         raise NotMapped("something else reads the values")
-    return ValueMap(producer, found, attention)
+    constants = tuple(user for user in producer.users if _is_override(user, producer))
+    return ValueMap(producer, found, attention, constants)
+
+
+def feeds_attention(gm: GraphModule, linear: Node) -> bool:
+    """Whether some of the linear's rows become, moved about, the keys or values of an attention."""
+    pending, seen = list(linear.users), set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_call(node, {SDPA}) and set(node.args[1:3]) & (seen | {linear}):
+            return True
+        if is_call(node, MATMULS) and len(node.all_input_nodes) == 2:
+            return True
+        if _is_move(node) or is_fake_quant(gm, node):
+            pending += node.users
+    return False
+
+
+def _is_override(node: Node, source: Node) -> bool:
+    return is_call(node, {aten.where.self}) and node.args[2] is source
 
 
 def _attention_behind(gm: GraphModule, node: Node) -> Node:
@@ -103,6 +129,9 @@ def _linear_behind(gm: GraphModule, node: object) -> Node:
             return node
         if is_fake_quant(gm, node):
             raise NotMapped("its values are quantized")
+        if is_call(node, {aten.where.self}):
+            node = node.args[2]
+            continue
         if not _is_move(node):
             break
         node = node.args[0]
@@ -148,6 +177,9 @@ def _follow(producer: Node, features: Tensor, attention: Node) -> tuple[Tensor, 
                         values = env[source]
                     elif operand is source:
                         others.append(env[source].flatten())
+            elif _is_override(user, source):
+                env[user] = env[source]
+                pending.append(user)
             elif _is_move(user):
                 env[user] = _move(user, env)
                 pending.append(user)

@@ -20,7 +20,7 @@ RANGES = ("auto", "percentile", "output")
 TARGETS = ("auto", "local", "fp")
 ROUNDINGS = ("auto", "nearest", "gptq")
 AUTO = "auto"
-SWITCHES = ("fold_values", "refit", "bias_correction", "symmetric_weights", "constant_tokens")
+SWITCHES = ("fold_values", "refit", "bias_correction", "symmetric_weights", "token_scales", "constant_tokens")
 REMEDIES = (
     "ranges", "reparameterization", "target", "rounding", "embedding_bits", *SWITCHES,
 )  # fmt: skip
@@ -122,6 +122,7 @@ class QuantConfig:
         rounding: of weights, "nearest" or "gptq".
         bias_correction: let biases take mean errors.
         symmetric_weights: fix the zero point of weights at 2^(bits - 1).
+        token_scales: give the few positions that are far larger than all others a scale of their own.
         constant_tokens: keep keys and values of the start token, which every text shares, in
             floating point.
         embedding_bits: 8 stores embedding tables as integers (weights only), 32 does not.
@@ -144,6 +145,7 @@ class QuantConfig:
     rounding: str = AUTO
     bias_correction: bool | str = AUTO
     symmetric_weights: bool | str = AUTO
+    token_scales: bool | str = AUTO
     constant_tokens: bool | str = AUTO
     embedding_bits: int | str = AUTO
 

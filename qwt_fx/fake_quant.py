@@ -27,10 +27,15 @@ class FakeQuant(nn.Module):
     `scale` is () or (channels,) float32 and `zero_point` the same, integer-valued unless
     `spec.integer_zero_point` is false; both are `None` until observed. `rows`, when set, is a
     boolean mask over all dimensions but the last, flattened: only these rows are observed.
+
+    `token_scale`, float32 powers of two, (length, 1) for an activation (n, length, channels) and
+    (length, 1, 1) for (length, n, channels), when set, gives each position a scale of its own beside
+    the common one: t Q(x / t). A linear that reads it can multiply its integer result by t instead.
     """
 
     scale: Tensor | None
     zero_point: Tensor | None
+    token_scale: Tensor | None
 
     def __init__(self, spec: QuantSpec, name: str) -> None:
         super().__init__()
@@ -40,6 +45,7 @@ class FakeQuant(nn.Module):
         self.rows: Tensor | None = None
         self.register_buffer("scale", None)
         self.register_buffer("zero_point", None)
+        self.register_buffer("token_scale", None)
 
     @property
     def calibrated(self) -> bool:
@@ -87,7 +93,11 @@ class FakeQuant(nn.Module):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """Quantize and dequantize `x` regardless of the mode; the dtype stays, the maths are float32."""
-        return self._fake_quantize(x.float()).to(x.dtype)
+        if self.token_scale is None:
+            return self._fake_quantize(x.float()).to(x.dtype)
+        # Powers of two: both products are exact.
+        scaled = x.float() * self.token_scale.reciprocal()
+        return (self._fake_quantize(scaled) * self.token_scale).to(x.dtype)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         spec, scale = self.spec, self.scale

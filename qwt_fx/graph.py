@@ -75,6 +75,7 @@ class GraphInfo:
         passes: what each pass that ran did: `{"pass", "changes", "skips"}`, in order.
         compensations: block name -> `{"r2", "r2_held_out", "applied", "parameters", ...}`.
         layers: layer name -> measurements of that layer (`sqnr_db`, ...).
+        constant_token: the id whose keys and values are constants at position 0; `None` if none.
         unstorable: why the graph cannot be saved, lowered or exported; `None` when it can.
     """
 
@@ -83,6 +84,7 @@ class GraphInfo:
     compensations: dict[str, dict[str, Any]] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     unstorable: str | None = None
+    constant_token: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
 

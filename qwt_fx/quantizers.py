@@ -44,7 +44,7 @@ def _bits(quant_max: Any) -> int:
 
 def quantizer_at(gm: GraphModule, node: object) -> Quantizer | None:
     """The quantizer whose output this value is, through ops that only move elements."""
-    while isinstance(node, Node) and is_call(node, SHAPE_ONLY):
+    while isinstance(node, Node) and (is_call(node, SHAPE_ONLY) or _is_token_scale(gm, node)):
         node = node.args[0]
     if not isinstance(node, Node):
         return None
@@ -65,6 +65,13 @@ def quantizer_at(gm: GraphModule, node: object) -> Quantizer | None:
         scale, zero_point = tensor_of(gm, node.args[1]), tensor_of(gm, node.args[2])
         return None if scale is None else Quantizer(_bits(node.args[4]), scale, zero_point)
     return None
+
+
+def _is_token_scale(gm: GraphModule, node: Node) -> bool:
+    """Whether this multiplies a dequantized activation by the scales of its positions."""
+    if not is_call(node, {torch.ops.aten.mul.Tensor}) or len(node.args) != 2:
+        return False
+    return is_call(node.args[0], _PER_TENSOR) and tensor_of(gm, node.args[1]) is not None
 
 
 def operand_bits(gm: GraphModule, node: Node) -> tuple[int | None, int | None]:

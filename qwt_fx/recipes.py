@@ -63,7 +63,12 @@ _BARE = LayerRemedies(
     rounding="nearest",
     bias_correction=False,
     mask_sums=False,
+    token_scales=False,
 )
+
+_OF_LAYERS = (
+    "fold_values", "refit", "rounding", "bias_correction", "symmetric_weights", "token_scales",
+)  # fmt: skip
 
 
 def recipe_for(config: QuantConfig) -> Recipe:
@@ -90,7 +95,7 @@ def _layers(config: QuantConfig, recipe: Recipe) -> LayerRemedies | None:
     named = {n: getattr(config, n) for n in REMEDIES if getattr(config, n) != AUTO}
     changes: dict[str, Any] = {
         name: named[name]
-        for name in ("fold_values", "refit", "rounding", "bias_correction", "symmetric_weights")
+        for name in _OF_LAYERS
         if name in named
     }
     if "ranges" in named:

@@ -22,6 +22,8 @@ class LayerRemedies:
         symmetric_weights: zero point of weights fixed at 2^(bits - 1), as integer kernels want it.
         mask_ranges, mask_sums: leave text positions that provably cannot matter out of the ranges,
             and out of the regressions and roundings (W4).
+        token_scales: give the few positions that are far larger than all others, such as the class
+            token, a scale of their own beside the common one (W5).
         hold_out: share of the samples that choose each ridge.
         tokens_per_input: at least so many tokens per input channel are summed for layers with more
             inputs than outputs, whose Gram is most of the cost.
@@ -37,5 +39,6 @@ class LayerRemedies:
     symmetric_weights: bool = True
     mask_ranges: bool = False
     mask_sums: bool = True
+    token_scales: bool = True
     hold_out: float = 0.2
     tokens_per_input: int = 8

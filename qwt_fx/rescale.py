@@ -111,3 +111,17 @@ def divide_rows(gm: GraphModule, linear: Node, rows: Tensor, scale: Tensor, shif
     new_bias = (torch.zeros_like(factor) if bias is None else bias.double() / factor) - offset
     needed = bias is not None or bool((shift != 0).any())
     set_layer(gm, linear, weight.double() / factor[:, None], new_bias if needed else None, qparams)
+
+
+def divide_constants(
+    gm: GraphModule, constants: tuple[Node, ...], rows: Tensor, scale: Tensor, shift: Tensor
+) -> None:
+    """The same for constants that stand in for the linear's output at some positions."""
+    for node in constants:
+        value = tensor_of(gm, node.args[1])
+        assert value is not None  # FixConstantTokens made it
+        moved = value.detach().double()
+        moved[..., rows] = moved[..., rows] / scale - shift
+        with gm.graph.inserting_before(node):
+            new = add_tensor(gm, str(node.args[1]), moved.to(value.dtype))
+        node.update_arg(1, new)

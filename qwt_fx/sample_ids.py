@@ -51,7 +51,7 @@ def sample_ids(node: Node, shape: Sequence[int], batch: int) -> Tensor | None:
     one dimension, the nearest value that has them apart is followed through the moves between.
     """
     chain = [node]
-    while (axis := _batch_axis(chain[-1])) is None:
+    while (axis := batch_axis(chain[-1])) is None:
         source = chain[-1].args[0] if is_call(chain[-1], SHAPE_ONLY) else None
         if not isinstance(source, Node):
             return None
@@ -66,7 +66,7 @@ def sample_ids(node: Node, shape: Sequence[int], batch: int) -> Tensor | None:
     return ids[..., 0].flatten() if tuple(ids.shape) == tuple(shape) else None
 
 
-def _batch_axis(node: Node) -> int | None:
+def batch_axis(node: Node) -> int | None:
     """The dimension whose size is the number of samples and nothing else."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):

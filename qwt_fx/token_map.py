@@ -56,10 +56,12 @@ class TokenMask:
 
     Attributes:
         rows: node name -> bool (rows,), rows = all dimensions but the last, flattened.
+        positions: node name -> position of each row, (rows,) int.
         reason: why no mask applies; `None` when it does.
     """
 
     rows: dict[str, Tensor] = field(default_factory=dict)
+    positions: dict[str, Tensor] = field(default_factory=dict)
     reason: str | None = None
 
 
@@ -111,7 +113,8 @@ class _Tracer:
             name: (ids % self.length) <= last[(ids // self.length).long()]
             for name, ids in found.items()
         }
-        return TokenMask(rows=rows)
+        positions = {name: ids % self.length for name, ids in found.items()}
+        return TokenMask(rows=rows, positions=positions)
 
     def _release(self, node: Node) -> None:
         for source in node.all_input_nodes:
@@ -183,6 +186,8 @@ class _Tracer:
             return tokens[0]
         if target is aten.masked_fill.Scalar and tokens[0].columns is not None:
             return self._mask(tokens[0], ~self._value(node, 1).bool())
+        if target is aten.where.self and len(tokens) == 1 and self._value(node, 2) is tokens[0]:
+            return tokens[0]  # a constant in the place of some rows depends on no position
         if target is aten.index.Tensor:
             return self._gather(node)
         raise NotProved(f"{node.name}: {target} is not known to keep positions apart")

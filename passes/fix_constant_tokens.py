@@ -1,0 +1,147 @@
+"""Keeps keys and values of the start token in floating point (method W5).
+
+Under a causal mask position 0 sees only itself, and every text begins with the same start token. Its
+keys and values are then constants of each layer, often extreme ones: they are put into the graph, and
+no quantizer's range has to make room for that position. The function stays exactly as it was for
+texts that begin with the calibrated token, and is left alone, test by test, for any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx.channel_map import feeds_attention
+from qwt_fx.graph import LINEAR, add_tensor, graph_info, is_call, layer_name
+from qwt_fx.observe import set_mode
+from qwt_fx.fake_quant import Mode
+from qwt_fx.pass_base import Change, Pass, Skip
+from qwt_fx.runner import check_batches, placeholders, run_all, start
+from qwt_fx.sample_ids import batch_axis
+from qwt_fx.token_map import token_mask
+
+aten = torch.ops.aten
+
+_SAME = 1e-5  # relative difference between samples that rounding explains
+
+
+@dataclass(frozen=True)
+class FixConstantTokens(Pass):
+    """Replace keys and values of position 0 by constants wherever the graph proves them constant.
+
+    Attributes:
+        batches: calibration batches, a list of tuples of tensors (or of tensors); the first is run
+            in floating point, and every text of all batches must begin with the same id.
+
+    A graph whose causality is not proved, or whose texts begin differently, is skipped with the
+    reason. Run again, it finds the start token fixed and changes nothing.
+    """
+
+    batches: Any
+    preserves_fp: ClassVar[bool] = True
+
+    def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
+        """See the class."""
+        info = graph_info(gm)
+        if info.constant_token is not None:
+            yield Skip("graph", "its start token is fixed already")
+            return
+        batches = check_batches(self.batches)
+        linears = [n for n in gm.graph.nodes if is_call(n, {LINEAR}) and feeds_attention(gm, n)]
+        proof = token_mask(gm, batches[0], linears)
+        if proof.reason is not None:
+            yield Skip("graph", proof.reason)
+            return
+        starts = torch.cat([_ids(gm, batch)[:, 0].cpu() for batch in batches])
+        if not bool((starts == starts[0]).all()):
+            yield Skip("graph", "its texts begin with different tokens")
+            return
+        values = _values(gm, batches[0], linears)
+        first: Node | None = None
+        for linear in linears:
+            if linear.name not in proof.positions:
+                yield Skip(layer_name(linear), "its rows mix positions")
+                continue
+            value = values[linear]
+            rows = value.reshape(-1, value.shape[-1])[proof.positions[linear.name] == 0]
+            spread = float((rows - rows[0]).abs().max())
+            if spread > _SAME * float(rows.abs().max().clamp_min(1e-30)):
+                yield Skip(layer_name(linear), "position 0 differs between samples")
+                continue
+            if first is None:
+                first = _begins_with(gm, int(starts[0]))
+            _replace(gm, linear, value, proof.positions[linear.name], rows[0], first)
+            info.constant_token = int(starts[0])
+            yield Change(layer_name(linear), "position 0 is a constant")
+
+
+def _ids(gm: GraphModule, batch: Any) -> Tensor:
+    (ids,) = start(gm, batch).values()  # one input: the proof says so
+    return ids
+
+
+def _values(gm: GraphModule, batch: Any, linears: list[Node]) -> dict[Node, Tensor]:
+    """Each linear's output in floating point on one batch."""
+    found: dict[Node, Tensor] = {}
+    wanted = {user: linear for linear in linears for user in linear.users}
+
+    def visit(node: Node, env: dict[Node, Any]) -> None:
+        if node in wanted and wanted[node] in env:
+            found[wanted[node]] = env[wanted[node]]
+
+    set_mode(gm, Mode.OFF)
+    run_all(gm, batch, visit)
+    return found
+
+
+def _begins_with(gm: GraphModule, token: int) -> Node:
+    """A node: whether each sample begins with the token, bool (n,)."""
+    (ids,) = placeholders(gm)
+    last = max(placeholders(gm), key=lambda n: list(gm.graph.nodes).index(n))
+    with gm.graph.inserting_after(last):
+        chosen = gm.graph.call_function(aten.select.int, (ids, 1, 0))
+    with gm.graph.inserting_after(chosen):
+        equal = gm.graph.call_function(aten.eq.Scalar, (chosen, token))
+    for node in (chosen, equal):
+        value = ids.meta.get("val")
+        if isinstance(value, Tensor):
+            node.meta["val"] = value[:, 0] if node is chosen else value[:, 0] == token
+    return equal
+
+
+def _replace(
+    gm: GraphModule, linear: Node, value: Tensor, positions: Tensor, row: Tensor, first: Node
+) -> None:
+    """Put where(position 0 and a calibrated start, row, linear) behind the linear."""
+    shape = value.shape[:-1]
+    batch = batch_axis(linear)
+    assert batch is not None and len(shape) == 2  # (samples, positions) in either order
+    axis = 1 - batch
+    is_first = (positions.reshape(shape).select(batch, 0) == 0).cpu()
+    mask_shape = [1, 1, 1]
+    mask_shape[axis] = len(is_first)
+    sample_shape = [1, 1]
+    sample_shape[batch] = -1
+    name = f"{layer_name(linear)}.start"
+    readers = list(linear.users)
+    with gm.graph.inserting_after(linear):
+        constant = add_tensor(gm, f"{name}_value", row.detach().clone())
+    with gm.graph.inserting_after(constant):
+        position = add_tensor(gm, f"{name}_position", is_first.reshape(mask_shape).to(row.device))
+    call = gm.graph.call_function
+    with gm.graph.inserting_after(position):
+        starts = call(aten.reshape.default, (first, [*sample_shape, 1]))
+    with gm.graph.inserting_after(starts):
+        mask = call(aten.logical_and.default, (position, starts))
+    with gm.graph.inserting_after(mask):
+        output = call(aten.where.self, (mask, constant, linear))
+    for key in ("val", "nn_module_stack"):
+        if key in linear.meta:
+            output.meta[key] = linear.meta[key]
+    for reader in readers:
+        reader.replace_input_with(linear, output)
