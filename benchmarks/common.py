@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.fx import GraphModule
 
 from qwt_fx import clip
@@ -20,7 +21,7 @@ from qwt_fx.clip import ClipModel
 from qwt_fx.commands.pipeline import Evaluation, capture_towers
 from qwt_fx.commands.screen import Screen
 from qwt_fx.data import CalibrationData, load_calibration
-from qwt_fx.demo.assets import write_files
+from qwt_fx.demo.assets import unpack_weights, write_files
 from qwt_fx.evaluate import Features
 from qwt_fx.imagefolder import open_validation
 
@@ -51,10 +52,24 @@ class Demo:
         )
 
 
-def open_demo(work: Path, variant: str, images: int) -> Demo:
-    """Write the demo's files to `work`, render `images` validation images, embed them in FP32."""
-    files = work / variant
+def write_second_model(folder: Path, variant: str) -> None:
+    """Put the second CLIP in the place of the demo's model; the data stay."""
+    packed = ROOT / "second_model"
+    config = json.loads((packed / "model.json").read_text())
+    state = unpack_weights((packed / "weights.safetensors").read_bytes(), config, variant)
+    save_file(state, folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps(config))
+
+
+def open_demo(work: Path, variant: str, images: int, *, second: bool = False) -> Demo:
+    """Write the files of the demo to `work`, render `images` validation images, embed them in FP32.
+
+    `second` takes the CLIP of another seed, width and depth instead of the shipped one.
+    """
+    files = work / f"{variant}-{second}"
     write_files(files, variant)
+    if second:
+        write_second_model(files, variant)
     rendered = work / f"val-{images}"
     if not rendered.is_dir():
         script = ROOT / "demo_model" / "train.py"

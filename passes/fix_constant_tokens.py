@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.channel_map import feeds_attention
+from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import LINEAR, add_tensor, graph_info, is_call, layer_name
 from qwt_fx.observe import set_mode
-from qwt_fx.fake_quant import Mode
 from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.runner import check_batches, placeholders, run_all, start
 from qwt_fx.sample_ids import batch_axis
@@ -81,6 +81,7 @@ class FixConstantTokens(Pass):
 
 
 def _ids(gm: GraphModule, batch: Any) -> Tensor:
+    ids: Tensor
     (ids,) = start(gm, batch).values()  # one input: the proof says so
     return ids
 

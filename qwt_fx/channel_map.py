@@ -69,7 +69,7 @@ def value_map(gm: GraphModule, output: Node) -> ValueMap:
     if not bool((rows == rows[0]).all()):
         raise NotMapped("its channels change from token to token")
     found = rows[0]
-    if len(found.unique()) != len(found):
+    if len(set(found.tolist())) != len(found):
         raise NotMapped("several of its channels share a value row")
     if bool(torch.isin(found, others).any()):
         raise NotMapped("something else reads the values")

@@ -20,7 +20,14 @@ RANGES = ("auto", "percentile", "output")
 TARGETS = ("auto", "local", "fp")
 ROUNDINGS = ("auto", "nearest", "gptq")
 AUTO = "auto"
-SWITCHES = ("fold_values", "refit", "bias_correction", "symmetric_weights", "token_scales", "constant_tokens")
+SWITCHES = (
+    "fold_values",
+    "refit",
+    "bias_correction",
+    "symmetric_weights",
+    "token_scales",
+    "constant_tokens",
+)
 REMEDIES = (
     "ranges", "reparameterization", "target", "rounding", "embedding_bits", *SWITCHES,
 )  # fmt: skip

@@ -36,19 +36,28 @@ class Range:
 def squared_error(mass: Mass, scale: Tensor, zero_point: Tensor, quant_max: int) -> Tensor:
     """Weighted squared error of each candidate quantizer, (candidates,) float64.
 
-    scale, zero_point: (candidates,). A bin wider than a step has the error of uniform values,
-    s^2 / 12; a narrower one that of its centre.
+    scale, zero_point: (candidates,). Exact for values spread evenly over their bins: the squared
+    error, rounding and clipping, is integrated over each bin.
     """
     s, z = scale.double()[:, None], zero_point.double()[:, None]
-    low, high = -z * s, (quant_max - z) * s
     value, half = mass.value[None], mass.half[None]
-    codes = torch.round(value / s) + z
-    restored = (codes.clamp(0, quant_max) - z) * s
-    miss = (value - restored).square() + half.square() / 3.0
-    inside = (value >= low - s / 2) & (value <= high + s / 2)
-    wide = inside & (2.0 * half >= s)
-    error = torch.where(wide, s.square() / 12.0, miss)
+    upper = _error_integral(value + half, s, z, quant_max)
+    lower = _error_integral(value - half, s, z, quant_max)
+    mean = (upper - lower) / (2.0 * half).clamp_min(torch.finfo(torch.float64).tiny)
+    codes = (torch.round(value / s) + z).clamp(0, quant_max)
+    error = torch.where(half > 0.0, mean, (value - (codes - z) * s).square())
     return error @ mass.weight
+
+
+def _error_integral(x: Tensor, s: Tensor, z: Tensor, quant_max: int) -> Tensor:
+    """Integral from the lowest level to x of the squared error (t - Q(t))^2 dt."""
+    low, high = -z * s, (quant_max - z) * s
+    inside = x.clamp(low, high)
+    steps = torch.round((inside - low) / s)
+    rest = inside - low - steps * s
+    # Each whole step between two levels contributes s^3 / 12; the rest lies around a level.
+    sawtooth = steps * s**3 / 12.0 + rest**3 / 3.0
+    return sawtooth + (x - inside) ** 3 / 3.0
 
 
 def search_range(mass: Mass, spec: QuantSpec, extra: tuple[tuple[float, float], ...] = ()) -> Range:

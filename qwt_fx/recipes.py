@@ -93,11 +93,7 @@ def recipe_for(config: QuantConfig) -> Recipe:
 def _layers(config: QuantConfig, recipe: Recipe) -> LayerRemedies | None:
     """The recipe's remedies of layers with those that the configuration sets."""
     named = {n: getattr(config, n) for n in REMEDIES if getattr(config, n) != AUTO}
-    changes: dict[str, Any] = {
-        name: named[name]
-        for name in _OF_LAYERS
-        if name in named
-    }
+    changes: dict[str, Any] = {name: named[name] for name in _OF_LAYERS if name in named}
     if "ranges" in named:
         changes["output_ranges"] = named["ranges"] == "output"
     if "reparameterization" in named:

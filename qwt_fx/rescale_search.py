@@ -1,8 +1,9 @@
 """How much of the differences between channels to move into the weights (method W5).
 
 RepQ-ViT moves all of it, r = s / mean(s). One channel a hundred times larger than the rest then makes
-one column of the weight a hundred times larger, and the rows' quantizers lose that much. r = (s / mean)^a
-is searched over a against the error of the linears' output, from activations and weights together.
+one column of the weight a hundred times larger, and the rows' quantizers lose that much. Here
+r = (s / mean)^a is searched over a against the error of the linears' output, from activations and
+weights together.
 """
 
 from __future__ import annotations

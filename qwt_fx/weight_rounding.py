@@ -67,16 +67,13 @@ def gptq(
     gram: (i, i), a positive semi-definite second moment of the layer's input. Channels are rounded
     in falling order of their second moment; dead channels (no input at all) keep nearest codes.
     """
-    h = gram.to(torch.float32).clone()
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean())
+    h = gram.to(torch.float32)
+    mean = float(h.diagonal().mean())
     if mean <= 0.0:
         return round_to_nearest(weight, scale, zero_point, spec)
-    diagonal += _DAMPING * mean
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     inverse_order = torch.argsort(order)
-    h = h[order][:, order]
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    factor = _inverse_factor(h[order][:, order], _DAMPING * mean)
     left = weight.float()[:, order].clone()
     rounded = torch.empty_like(left)
     for begin in range(0, left.shape[1], _COLUMNS):
@@ -91,3 +88,16 @@ def gptq(
                 block[:, i + 1 :] -= errors[:, i, None] * local[i, i + 1 :]
         left[:, end:] -= errors @ factor[begin:end, end:]
     return rounded[:, inverse_order]
+
+
+def _inverse_factor(h: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of (h + damping)^-1; a matrix that is too singular gets more damping."""
+    while True:
+        damped = h.clone()
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return upper
+        damping *= 10.0  # ends: h is bounded by its trace, and damping outgrows it

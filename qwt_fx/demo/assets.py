@@ -50,11 +50,16 @@ def demo_state_dict(variant: str = "plain") -> dict[str, Tensor]:
     """
     if variant not in VARIANTS:
         raise ConfigError(f"unknown demo variant {variant!r}; use one of {', '.join(VARIANTS)}.")
-    stored = safetensors.torch.load(read_asset("weights.safetensors"))
+    return unpack_weights(read_asset("weights.safetensors"), demo_config(), variant)
+
+
+def unpack_weights(packed: bytes, config: dict[str, Any], variant: str) -> dict[str, Tensor]:
+    """The float32 state dict of a CLIP packed as the demo's is: fp16, occurring token rows only."""
+    stored = safetensors.torch.load(packed)
     rows = stored.pop(_TOKEN_ROWS)  # (r,) int64
     state = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
     table = state[_TOKEN_TABLE]  # (r, width)
-    vocabulary = demo_config()["text_cfg"]["vocab_size"]
+    vocabulary = config["text_cfg"]["vocab_size"]
     state[_TOKEN_TABLE] = table.new_zeros(vocabulary, table.shape[1]).index_copy(0, rows, table)
     return harden(state, seed=HARD_SEED) if variant == "hard" else state
 

@@ -1,0 +1,184 @@
+"""Accuracy of recipes and of every remedy, on two CLIPs: `best` against the published procedure.
+
+Main rows: 3 calibration seeds, every bit setting. Ablation rows: one remedy added to RepQ-ViT, or
+one taken from `best`, at the bits and seeds named.
+
+usage: python benchmarks/accuracy.py [--models demo second] [--images 10000] [--seeds 1 2 3]
+           [--bits 8/8 6/6 4/8 4/4] [--ablations] [--ablation-seeds 1] [--ablation-bits 4/4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, SCREEN, Demo, machine, open_demo, write_results
+from tabulate import tabulate
+
+from qwt_fx.classifier import FLOATING_CLASSIFIER
+from qwt_fx.commands.pipeline import quantize_towers
+from qwt_fx.config import QuantConfig
+from qwt_fx.evaluate import Features, compare
+from qwt_fx.metrics import mcnemar
+
+PUBLISHED = {"recipe": "repq-vit", "compat": "original"}
+MAIN: dict[str, dict[str, Any]] = {
+    "original": PUBLISHED,
+    "original + QwT": {**PUBLISHED, "compensation": "qwt"},
+    "best": {},
+}
+REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # remedy: (what adds it to RepQ-ViT, what takes it from best)
+    "token masks (W4)": ({"token_masks": "regression"}, {"token_masks": "none"}),
+    "start token (W5)": ({}, {"constant_tokens": False}),
+    "searched reparameterization (W5)": (
+        {"reparameterization": "search"},
+        {"reparameterization": 1.0},
+    ),
+    "positions' scales (W5)": ({"token_scales": True}, {"token_scales": False}),
+    "output ranges (W6)": ({"ranges": "output"}, {"ranges": "percentile"}),
+    "GPTQ (W7)": ({"rounding": "gptq"}, {"rounding": "nearest"}),
+    "refit (W7)": ({"refit": True, "bias_correction": True}, {"refit": False}),
+    "bias correction (W7)": ({"bias_correction": True}, {"bias_correction": False}),
+    "value scales (W8)": ({"fold_values": True}, {"fold_values": False}),
+    "FP-path target (W3)": ({}, {"target": "local"}),
+    "symmetric weights": ({"symmetric_weights": True}, {"symmetric_weights": False}),
+}
+SETTINGS = {"image only": ("image",), "all modules": ("image", "text")}
+SAMPLES, BATCH = 512, 128
+
+
+def ablations() -> dict[str, dict[str, Any]]:
+    """One configuration a row: a remedy alone on RepQ-ViT, and `best` without it."""
+    rows: dict[str, dict[str, Any]] = {"RepQ-ViT, all batches": {"ranges": "percentile"}}
+    for remedy, (added, _) in REMEDIES.items():
+        if added:
+            rows[f"+ {remedy}"] = added
+    rows = {name: {"recipe": "repq-vit", **options} for name, options in rows.items()}
+    rows |= {f"best - {remedy}": removed for remedy, (_, removed) in REMEDIES.items()}
+    rows |= {"best + QwT": {"compensation": "qwt"}}
+    return rows
+
+
+def measure(demo: Demo, options: dict[str, Any], bits: str, seed: int) -> dict[str, Any]:
+    """Figures of one quantization, for both settings; `correct` holds each image's outcome."""
+    w_bits, a_bits = (int(b) for b in bits.split("/"))
+    config = QuantConfig.from_dict({"w_bits": w_bits, "a_bits": a_bits, **options})
+    extra = BATCH if config.compat == "original" else 0  # the original reads one batch more
+    data = demo.calibration(SAMPLES + extra, BATCH, seed)
+    result = quantize_towers(
+        demo.model, demo.graphs, data.batches, config, ("image", "text"), SCREEN
+    )
+    features = demo.evaluation.quantized(result, demo.reference, SCREEN)
+    exact = demo.evaluation.classify(demo.reference)
+    found = {}
+    for setting, towers in SETTINGS.items():
+        prompts = features.prompts if "text" in towers else demo.reference.prompts
+        classifier = result.classifier if towers == ("image",) else FLOATING_CLASSIFIER
+        chosen = Features(features.image, prompts, features.labels)
+        outcome = demo.evaluation.classify(chosen, classifier)
+        worse, better, p = mcnemar(exact.correct1, outcome.correct1)
+        count = len(exact.correct1)
+        low, high = drop_interval(worse, better, count)
+        found[setting] = {
+            "acc1": outcome.acc1,
+            "drop": exact.acc1 - outcome.acc1,
+            "drop_ci": [low, high],
+            "mcnemar_p": p,
+            **compare(demo.reference, chosen, exact, outcome, towers),
+        }
+    return found
+
+
+def drop_interval(worse: int, better: int, count: int) -> tuple[float, float]:
+    """95 % interval of a paired difference of accuracies, from the discordant pairs."""
+    difference = (worse - better) / count
+    variance = (worse + better - (worse - better) ** 2 / count) / count**2
+    half = 1.96 * max(variance, 0.0) ** 0.5
+    return difference - half, difference + half
+
+
+def row(name: str, bits: str, setting: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the calibration seeds."""
+    found = [run[setting] for run in runs]
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    def sqnr(tower: str) -> float | None:
+        values = [f["embedding_sqnr_db"][tower] for f in found]
+        return None if values[0] is None else mean(values)
+
+    return {
+        "row": name,
+        "W/A": bits,
+        "towers": setting,
+        "seeds": len(found),
+        "top-1 (%)": 100 * mean([f["acc1"] for f in found]),
+        "drop": 100 * mean([f["drop"] for f in found]),
+        "drop, 95 %": " ".join(
+            f"[{100 * f['drop_ci'][0]:.2f} {100 * f['drop_ci'][1]:.2f}]" for f in found
+        ),
+        "agreement (%)": 100 * mean([f["agreement"] for f in found]),
+        "image SQNR (dB)": sqnr("image"),
+        "text SQNR (dB)": sqnr("text"),
+        "McNemar p": " ".join(f"{f['mcnemar_p']:.2g}" for f in found),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", choices=("demo", "second"), default=["demo", "second"]
+    )
+    parser.add_argument("--variant", default="hard")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--bits", nargs="+", default=["8/8", "6/6", "4/8", "4/4"])
+    parser.add_argument("--rows", nargs="+", default=list(MAIN), choices=list(MAIN))
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--ablation-seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--ablation-bits", nargs="+", default=["4/4"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="keep the rendered images there")
+    parser.add_argument("--name", default="accuracy", help="results/NAME.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    jobs = [(n, MAIN[n], b, s) for s in args.seeds for b in args.bits for n in args.rows]
+    if args.ablations:
+        jobs += [
+            (name, options, bits, seed)
+            for seed in args.ablation_seeds
+            for bits in args.ablation_bits
+            for name, options in ablations().items()
+        ]
+    document: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "work"} | {
+        "machine": machine(),
+        "models": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for model in args.models:
+            second = model == "second"
+            demo = open_demo(args.work or Path(folder), args.variant, args.images, second=second)
+            fp32 = demo.evaluation.classify(demo.reference).acc1
+            runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+            for name, options, bits, seed in jobs:
+                begun = time.perf_counter()
+                runs.setdefault((name, bits), []).append(measure(demo, options, bits, seed))
+                took = time.perf_counter() - begun
+                print(f"{model} {name} {bits} seed {seed}: {took:.0f} s", file=sys.stderr)
+                rows = [row(n, b, s, r) for (n, b), r in runs.items() for s in SETTINGS]
+                document["models"][model] = {"fp32_acc1": fp32, "rows": rows}
+                write_results(args.name, document)  # what is done stays, should the rest not be
+            print(f"{model}, {args.variant}: FP32 top-1 {100 * fp32:.2f} %")
+            print(tabulate(rows, headers="keys", floatfmt=".2f"), flush=True)
+    print(f"wrote {RESULTS / args.name}.json")
+
+
+if __name__ == "__main__":
+    main()

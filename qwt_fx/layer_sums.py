@@ -1,0 +1,81 @@
+"""What the outputs of a group's layers miss, summed over the calibration tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from qwt_fx.fake_quant import FakeQuant
+from qwt_fx.gram import LayerSums
+from qwt_fx.graph import is_call
+from qwt_fx.layer_groups import LayerGroup, rows_of
+from qwt_fx.lockstep import Lockstep
+from qwt_fx.rescale import weight_and_bias
+
+aten = torch.ops.aten
+
+Parameters = tuple[Tensor, Tensor | None]
+
+
+def layer_sums(
+    walk: Lockstep,
+    group: LayerGroup,
+    layers: list[Node],
+    floating: dict[Node, Parameters],
+    quantizer: FakeQuant | None,
+) -> dict[Node, tuple[LayerSums, LayerSums]]:
+    """Sums of each layer over tokens that fit and tokens that judge, on the quantized input.
+
+    floating: weight and bias of each layer in the floating-point graph, as they were before any
+    rescale. The missing part is measured against the layer's output there, or, with a local target,
+    against its own output on the unquantized input of the quantized path.
+    """
+    current = {layer: weight_and_bias(walk.gm, layer) for layer in layers}
+    sums = {}
+    for layer, (weight, _) in current.items():
+        sizes = (weight.flatten(1).shape[1], len(weight), weight.device)
+        sums[layer] = (LayerSums.empty(*sizes), LayerSums.empty(*sizes))
+    for index, x in enumerate(walk.values(group.source)):
+        x_hat = x if quantizer is None else quantizer.fake_quantize(x)
+        for layer in layers:
+            weight, bias = current[layer]
+            keep, judged = walk.rows(group.source, layer, index, weight)
+            rows = rows_of(layer, weight, x_hat)[keep]
+            if walk.remedies.fp_target:
+                wanted = _floating_output(walk, group.source, layer, floating[layer], index, keep)
+            else:
+                wanted = F.linear(rows_of(layer, weight, x)[keep], weight.flatten(1), bias)
+            missing = wanted - F.linear(rows, weight.flatten(1), bias)
+            fit, judge = sums[layer]
+            fit.add(rows[~judged], missing[~judged])
+            judge.add(rows[judged], missing[judged])
+    return sums
+
+
+def _floating_output(
+    walk: Lockstep, source: Node, layer: Node, parameters: Parameters, index: int, keep: Tensor
+) -> Tensor:
+    """The floating-point path's output, (rows kept, outputs), with what the residual stream misses."""
+    weight, bias = parameters
+    rows = rows_of(layer, weight, walk.floating(source, index))[keep]
+    wanted = F.linear(rows, weight.flatten(1), bias)
+    residual = _residual(layer)
+    gap = None if residual is None else walk.gap(residual, index)
+    return wanted if gap is None else wanted + gap.reshape(-1, gap.shape[-1])[keep]
+
+
+def _residual(layer: Node) -> Node | None:
+    """The value that a layer's output is added to, where it does nothing else."""
+    if len(layer.users) != 1:
+        return None
+    (user,) = layer.users
+    if not is_call(user, {aten.add.Tensor}) or user.kwargs:
+        return None
+    others = [a for a in user.args if a is not layer]
+    if len(others) != 1 or not isinstance(others[0], Node):
+        return None
+    ours, theirs = layer.meta.get("val"), others[0].meta.get("val")
+    same = isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.shape == theirs.shape
+    return others[0] if same else None

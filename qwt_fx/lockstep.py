@@ -1,0 +1,130 @@
+"""A floating-point graph and a quantized one, advanced in step over the calibration batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx.graph import find_node, graph_info
+from qwt_fx.hold_out import held_out_samples
+from qwt_fx.layer_groups import LayerGroup, rows_of
+from qwt_fx.remedies import LayerRemedies
+from qwt_fx.rescale_search import Rescale
+from qwt_fx.runner import BlockRunner, batch_size, check_batches
+from qwt_fx.sample_ids import sample_ids
+from qwt_fx.token_map import token_mask
+
+aten = torch.ops.aten
+
+
+class Lockstep:
+    """Both graphs at the point reached, and which rows of which batch are used for what.
+
+    Between two groups each graph holds, for every batch, the values that later nodes still read: at
+    most a block's widest value and its residual. Nothing is stored beyond that.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        reference: GraphModule,
+        batches: Any,
+        groups: list[LayerGroup],
+        remedies: LayerRemedies,
+    ) -> None:
+        self.gm = gm
+        self.reference = reference
+        self.remedies = remedies
+        listed = check_batches(batches)
+        self.sizes = [batch_size(b) for b in listed]
+        self._quantized = BlockRunner(gm, listed)
+        self._floating = BlockRunner(reference, listed)
+        self._judges = torch.split(held_out_samples(sum(self.sizes), remedies.hold_out), self.sizes)
+        sources = [g.source for g in groups]
+        self._tokens = [token_mask(gm, batch, sources) for batch in listed]
+
+    def advance(self, source: Node) -> None:
+        """Run both graphs up to the value a group reads."""
+        self._quantized.advance(source)
+        self._floating.advance(self.twin(source))
+
+    def twin(self, node: Node) -> Node:
+        """The floating-point graph's node of the same name."""
+        return find_node(self.reference, node.name)
+
+    def values(self, node: Node) -> list[Tensor]:
+        """The quantized path's value of each batch, (samples, ...)."""
+        return [env[node] for env in self._quantized.envs]
+
+    def floating(self, node: Node, index: int) -> Tensor:
+        """The floating-point path's value of one batch."""
+        value: Tensor = self._floating.envs[index][self.twin(node)]
+        return value
+
+    def gap(self, node: Node, index: int) -> Tensor | None:
+        """Floating-point value minus quantized value of one batch; `None` before they are known."""
+        ours = self._quantized.envs[index].get(node)
+        theirs = self._floating.envs[index].get(self.twin(node))
+        return None if ours is None or theirs is None else theirs - ours
+
+    def transform(self, origin: Node, rescale: Rescale) -> None:
+        """Bring the quantized path's values made of `origin` up to date: x / scale - shift."""
+        known = self._quantized.envs[0]
+        pending, moved = [origin], {origin}
+        while pending:
+            for user in pending.pop().users:
+                if user in known and user not in moved:
+                    moved.add(user)
+                    pending.append(user)
+        for env in self._quantized.envs:
+            for node in moved & set(env):
+                scale, shift = (v.to(env[node].dtype) for v in (rescale.scale, rescale.shift))
+                env[node] = env[node] / scale - shift
+
+    def mask(self, source: Node, index: int, *, behind_end: bool) -> Tensor | None:
+        """Which rows of a batch count, (rows,) bool; `None` for all of them.
+
+        behind_end: leave out positions behind the end of a text where they provably cannot matter.
+        """
+        proof = self._tokens[index]
+        mask = proof.rows.get(source.name) if behind_end else None
+        if not self.first_is_constant or source.name not in proof.positions:
+            return mask
+        # Nothing reads position 0 but attention, and there it was replaced by constants.
+        moving = proof.positions[source.name] != 0
+        return moving if mask is None else mask & moving
+
+    @property
+    def first_is_constant(self) -> bool:
+        """Whether position 0 reaches other positions through constants alone."""
+        return graph_info(self.gm).constant_token is not None
+
+    def rows(self, source: Node, layer: Node, index: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of a batch's rows that are summed for a layer, and which of them judge.
+
+        weight: the layer's, (o, ...). A layer with more inputs than outputs is summed over a fixed
+        random part of the rows.
+        """
+        batch = self.sizes[index]
+        x = self._quantized.envs[index][source]
+        samples = None
+        if layer.target is aten.linear.default:
+            count = x.numel() // x.shape[-1]
+            samples = sample_ids(source, x.shape, batch)
+        else:
+            count = rows_of(layer, weight, x).shape[0]
+        if samples is None:
+            samples = torch.arange(count) * batch // count
+        keep = torch.arange(count)
+        mask = self.mask(source, index, behind_end=self.remedies.mask_sums)
+        if mask is not None and len(mask) == count:
+            keep = keep[mask.cpu()]
+        inputs, outputs = weight.flatten(1).shape[1], len(weight)
+        share = -(-self.remedies.tokens_per_input * inputs // len(self.sizes))
+        if inputs > outputs and share < len(keep):
+            generator = torch.Generator().manual_seed(index)
+            keep = keep[torch.randperm(len(keep), generator=generator)[:share].sort().values]
+        return keep.to(x.device), self._judges[index][samples[keep]].to(x.device)
