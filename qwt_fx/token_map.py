@@ -48,6 +48,14 @@ _MOVES = SHAPE_ONLY | {
     aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
 }  # fmt: skip
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+_SAME_IDS = _VIEWS | {aten.reshape.default, aten.to.dtype, aten.clone.default}
+# What these return depends on the shape of their tensor argument alone.
+_READ_SHAPE = frozenset(
+    {
+        aten.sym_size.int, aten.new_full.default, aten.new_zeros.default, aten.new_ones.default,
+        aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ class _Tracer:
         if len(integers) != 1 or len(self.env) != 1:
             raise NotProved("the input is not one tensor of token ids")
         self.source = integers[0]
+        self.by_value = {self.source}  # nodes whose value, not only its shape, follows the ids
         self.batch, self.length = self.env[self.source].shape
         self.device = self.env[self.source].device
 
@@ -141,11 +150,23 @@ class _Tracer:
         tokens = [t for t in tracked if isinstance(t, Tokens)]
         if node.op == "call_module":
             return tokens[0] if tokens else tracked[0]  # a FakeQuant works element by element
-        if node.target is aten.embedding.default and node.args[1] is self.source:
+        if node.target is aten.embedding.default and self._is_source(node.args[1]):
             return self._embedding(node)
+        by_value = any(n in self.by_value for n in node.all_input_nodes)
         if not tokens:
+            if by_value and node.target not in _READ_SHAPE:
+                self.by_value.add(node)
             return self._run(node, node.target)
+        if by_value and node.target is not aten.index.Tensor:
+            raise NotProved(f"{node.name}: the ids' values act on activations beside the embedding")
         return self._token_op(node, tokens)
+
+    def _is_source(self, node: Any) -> bool:
+        """Whether the node is the input, cast or reshaped to the shape it has."""
+        shape = self.env[self.source].shape
+        while node.target in _SAME_IDS and self.env[node].shape == shape:
+            node = node.args[0]
+        return node is self.source
 
     def _value(self, node: Node, index: int) -> Any:
         argument_node = node.args[index]
