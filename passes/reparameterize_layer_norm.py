@@ -23,7 +23,16 @@ from torch.fx import GraphModule, Node
 from qwt_fx.constants import constant_tensor
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import LAYER_NORM, RMS_NORM, add_module, add_tensor, argument, layer_name, tensor_of
+from qwt_fx.graph import (
+    LAYER_NORM,
+    RMS_NORM,
+    add_module,
+    add_tensor,
+    argument,
+    layer_name,
+    strip_weight,
+    tensor_of,
+)
 from qwt_fx.norms import (
     NORMS,
     NormReaders,
@@ -121,9 +130,11 @@ class ReparameterizeLayerNorm(Pass):
 
 
 def _name(norm: Node) -> str:
-    weight, _ = norm_affine(norm)
-    if isinstance(weight, Node) and weight.op == "get_attr" and "layer" not in norm.meta:
-        norm.meta["layer"] = str(weight.target).removesuffix(".weight")
+    """The norm's name in the source model, noted before its parameters get new names."""
+    if "layer" not in norm.meta:
+        weight, _ = norm_affine(norm)
+        has_weight = isinstance(weight, Node) and weight.op == "get_attr"
+        norm.meta["layer"] = strip_weight(str(weight.target)) if has_weight else norm.name
     return layer_name(norm)
 
 
@@ -151,7 +162,9 @@ def _rewrite_norm(gm: GraphModule, norm: Node, r1: Tensor, shift: Tensor) -> Non
     weight_arg, bias_arg = norm_affine(norm)
     weight, bias = tensor_of(gm, weight_arg), tensor_of(gm, bias_arg)
     like = weight if weight is not None else bias
-    dtype = like.dtype if like is not None else torch.float32
+    if like is None:
+        like = norm.meta["val"]  # no affine at all: the new one has the activations' dtype
+    dtype = like.dtype
     ratio, moved = r1.to(dtype), shift.to(dtype)
     gamma = weight if weight is not None else torch.ones_like(ratio)
     beta = bias if bias is not None else torch.zeros_like(ratio)

@@ -21,8 +21,8 @@ _MUL, _ADDS = aten.mul.Tensor, frozenset({aten.add.Tensor, aten.add.Scalar})
 def fuse_rms_norms(gm: GraphModule) -> int:
     """Replace every written-out RMSNorm by `aten.rms_norm`; returns how many were found.
 
-    Left alone: one whose inner values something else reads, that normalizes other dimensions than
-    the last, or that changes the dtype on the way.
+    Left alone: one whose inner values something else reads, or that normalizes other dimensions than
+    the last. A weight behind a cast stays outside the norm.
     """
     found = 0
     for root in [n for n in gm.graph.nodes if is_call(n, {aten.rsqrt.default})]:

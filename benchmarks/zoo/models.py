@@ -45,7 +45,7 @@ def images(size: int) -> Inputs:
     """Smooth random images (n, 3, size, size): neighbouring pixels resemble each other."""
 
     def make(samples: int, seed: int) -> Tensor:
-        coarse = torch.randn(samples, 3, size // 8, size // 8, generator=_generator(seed))
+        coarse = torch.randn(samples, 3, -(-size // 8), -(-size // 8), generator=_generator(seed))
         smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
         return smooth + 0.3 * torch.randn(smooth.shape, generator=_generator(seed + 1))
 
@@ -149,10 +149,10 @@ _HF_TEXT = {
     "num_attention_heads": 2, "max_position_embeddings": 24, "vocab_size": VOCABULARY,
     "eos_token_id": END, "bos_token_id": START, "pad_token_id": 0,
 }  # fmt: skip
-_DEPTH_6 = {"img_size": 96, "depth": 6}
-_RMS = {"img_size": 96, "depth": 4, "norm_layer": "rmsnorm"}
-_SWIN = {"img_size": 112, "depths": (2, 2, 2, 2)}
-_SWIN2 = {"img_size": 128, "depths": (2, 2, 2, 2)}
+_DEPTH_6 = {"img_size": 64, "depth": 6}
+_RMS = {"img_size": 64, "depth": 4, "norm_layer": "rmsnorm"}
+_SWIN = {"img_size": 56, "depths": (2, 2, 2, 2)}
+_SWIN2 = {"img_size": 64, "window_size": 4, "depths": (2, 2, 2, 2)}
 _TIMM = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224}
 _CLIP_VISION = {"layers": 4, "width": 128, "head_width": 64, "image_size": 64}
 
@@ -160,27 +160,27 @@ ZOO: tuple[Entry, ...] = (
     Entry("open_clip ViT-B-32", _clip_image("ViT-B-32"), images(224)),
     Entry("open_clip ViT-B-32 text", _clip_text("ViT-B-32"), captions(16)),
     Entry("open_clip ViT-B-16", _clip_image("ViT-B-16", **_CLIP_VISION), images(64)),
-    Entry("open_clip ViT-L-14", _clip_image("ViT-L-14", layers=6, image_size=112), images(112)),
+    Entry("open_clip ViT-L-14", _clip_image("ViT-L-14", layers=4, image_size=56), images(56)),
     Entry("open_clip ViT-B-32-SigLIP2", _clip_image("ViT-B-32-SigLIP2-256"), images(256)),
     Entry("open_clip ViT-B-16-SigLIP text", _clip_text("ViT-B-16-SigLIP"), captions(16)),
     Entry("open_clip coca_ViT-B-32", _clip_image("coca_ViT-B-32", **_CLIP_VISION), images(64)),
     Entry("open_clip coca_ViT-B-32 text", _clip_text("coca_ViT-B-32"), captions(16)),
     Entry("open_clip timm tower", _clip_image("vit_medium_patch16_gap_256", **_TIMM), images(224)),
-    Entry("timm vit_tiny", _timm("vit_tiny_patch16_224", img_size=96), images(96)),
-    Entry("timm vit_small", _timm("vit_small_patch32_224"), images(224)),
-    Entry("timm vit_base", _timm("vit_base_patch32_224", depth=6), images(224)),
-    Entry("timm deit", _timm("deit_tiny_distilled_patch16_224", img_size=96), images(96)),
-    Entry("timm deit3", _timm("deit3_small_patch16_224", img_size=96, depth=6), images(96)),
-    Entry("timm beit", _timm("beit_base_patch16_224", img_size=96, depth=4), images(96)),
-    Entry("timm swin", _timm("swin_tiny_patch4_window7_224", **_SWIN), images(112)),
-    Entry("timm swinv2", _timm("swinv2_tiny_window8_256", **_SWIN2), images(128)),
-    Entry("timm eva02", _timm("eva02_tiny_patch14_224", img_size=112, depth=6), images(112)),
-    Entry("timm cait", _timm("cait_xxs24_224", img_size=96, depth=6), images(96)),
-    Entry("timm xcit", _timm("xcit_nano_12_p16_224", img_size=96, depth=4), images(96)),
-    Entry("timm vit_relpos", _timm("vit_relpos_small_patch16_224", **_DEPTH_6), images(96)),
-    Entry("timm dinov3", _timm("vit_small_patch16_dinov3", img_size=96, depth=4), images(96)),
-    Entry("timm pvt_v2", _timm("pvt_v2_b0"), images(96)),
-    Entry("timm vit_tiny, RMSNorm", _timm("vit_tiny_patch16_224", **_RMS), images(96)),
+    Entry("timm vit_tiny", _timm("vit_tiny_patch16_224", img_size=64), images(64)),
+    Entry("timm vit_small", _timm("vit_small_patch32_224", img_size=128), images(128)),
+    Entry("timm vit_base", _timm("vit_base_patch32_224", img_size=128, depth=4), images(128)),
+    Entry("timm deit", _timm("deit_tiny_distilled_patch16_224", img_size=64), images(64)),
+    Entry("timm deit3", _timm("deit3_small_patch16_224", img_size=64, depth=6), images(64)),
+    Entry("timm beit", _timm("beit_base_patch16_224", img_size=64, depth=4), images(64)),
+    Entry("timm swin", _timm("swin_tiny_patch4_window7_224", **_SWIN), images(56)),
+    Entry("timm swinv2", _timm("swinv2_tiny_window8_256", **_SWIN2), images(64)),
+    Entry("timm eva02", _timm("eva02_tiny_patch14_224", img_size=70, depth=6), images(70)),
+    Entry("timm cait", _timm("cait_xxs24_224", img_size=64, depth=6), images(64)),
+    Entry("timm xcit", _timm("xcit_nano_12_p16_224", img_size=64, depth=4), images(64)),
+    Entry("timm vit_relpos", _timm("vit_relpos_small_patch16_224", **_DEPTH_6), images(64)),
+    Entry("timm dinov3", _timm("vit_small_patch16_dinov3", img_size=64, depth=4), images(64)),
+    Entry("timm pvt_v2", _timm("pvt_v2_b0"), images(64)),
+    Entry("timm vit_tiny, RMSNorm", _timm("vit_tiny_patch16_224", **_RMS), images(64)),
     Entry("transformers CLIPVisionModel", _hf("CLIPVisionModel", **_HF_VISION), images(64)),
     Entry("transformers CLIPTextModel", _hf("CLIPTextModel", **_HF_TEXT), captions(24)),
     Entry("transformers SiglipVisionModel", _hf("SiglipVisionModel", **_HF_VISION), images(64)),
@@ -188,6 +188,6 @@ ZOO: tuple[Entry, ...] = (
     Entry("transformers Dinov2Model", _hf("Dinov2Model", **_HF_VISION), images(64)),
     Entry("transformers Aimv2VisionModel", _hf("Aimv2VisionModel", **_HF_VISION), images(64)),
     Entry("transformers BertModel", _hf("BertModel", **_HF_TEXT), captions(24)),
-    Entry("torchvision vit_b_16", _torchvision("vit_b_16", image_size=96), images(96)),
-    Entry("torchvision swin_t", _torchvision("swin_t"), images(112)),
+    Entry("torchvision vit_b_16", _torchvision("vit_b_16", image_size=64), images(64)),
+    Entry("torchvision swin_t", _torchvision("swin_t"), images(56)),
 )
