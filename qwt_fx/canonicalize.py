@@ -56,9 +56,10 @@ def canonicalize(gm: GraphModule) -> None:
     """Rewrite an exported graph in place into the canonical form every pass relies on.
 
     Export's assertions and guards, dropout in evaluation mode, aliases, pads by nothing and casts to
-    the type a value already has are removed; a view becomes a reshape, because kernels of another
-    device may lay their results out differently; an RMSNorm in separate operators becomes one;
-    values that depend on no input become buffers; factories take their device from an input. Raises `CaptureError` naming the node for any other call.
+    the type a value already has are removed. A view becomes a reshape, because kernels of another
+    device may lay their results out differently; an RMSNorm in separate operators becomes one.
+    Values that depend on no input become buffers; factories take their device from an input.
+    Raises `CaptureError` naming the node for any other call.
     """
     _remove_checks(gm)
     _remove_identities(gm)

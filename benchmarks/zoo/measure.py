@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from zoo.models import Entry
-from zoo.randomize import randomize
 
 import qwt_fx
 from qwt_fx.config import QuantConfig
 from qwt_fx.graph import find_node, graph_info
 from qwt_fx.measure import sqnr_db
 from qwt_fx.report import layer_rows
+from zoo.models import Entry
+from zoo.randomize import randomize
 
 EVALUATION_SEED = 10_000
 

@@ -142,7 +142,7 @@ def _torchvision(name: str, **changes: Any) -> Callable[[], nn.Module]:
 
 _HF_VISION = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-    "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
+    "num_attention_heads": 2, "image_size": 64, "patch_size": 16,
 }  # fmt: skip
 _HF_TEXT = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
@@ -154,18 +154,21 @@ _RMS = {"img_size": 64, "depth": 4, "norm_layer": "rmsnorm"}
 _SWIN = {"img_size": 56, "depths": (2, 2, 2, 2)}
 _SWIN2 = {"img_size": 64, "window_size": 4, "depths": (2, 2, 2, 2)}
 _TIMM = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224}
+_HYBRID = {"timm_model_name": "vit_tiny_r_s16_p8_224", "image_size": 224}
 _CLIP_VISION = {"layers": 4, "width": 128, "head_width": 64, "image_size": 64}
 
 ZOO: tuple[Entry, ...] = (
     Entry("open_clip ViT-B-32", _clip_image("ViT-B-32"), images(224)),
     Entry("open_clip ViT-B-32 text", _clip_text("ViT-B-32"), captions(16)),
-    Entry("open_clip ViT-B-16", _clip_image("ViT-B-16", **_CLIP_VISION), images(64)),
+    Entry("open_clip ViT-B-16", _clip_image("ViT-B-16", **_CLIP_VISION), images(64), fast=True),
     Entry("open_clip ViT-L-14", _clip_image("ViT-L-14", layers=4, image_size=56), images(56)),
-    Entry("open_clip ViT-B-32-SigLIP2", _clip_image("ViT-B-32-SigLIP2-256"), images(256)),
+    Entry("open_clip SigLIP type", _clip_image("ViT-B-16-SigLIP", **_TIMM), images(224)),
     Entry("open_clip ViT-B-16-SigLIP text", _clip_text("ViT-B-16-SigLIP"), captions(16)),
     Entry("open_clip coca_ViT-B-32", _clip_image("coca_ViT-B-32", **_CLIP_VISION), images(64)),
     Entry("open_clip coca_ViT-B-32 text", _clip_text("coca_ViT-B-32"), captions(16)),
-    Entry("open_clip timm tower", _clip_image("vit_medium_patch16_gap_256", **_TIMM), images(224)),
+    Entry(
+        "open_clip timm tower", _clip_image("vit_medium_patch16_gap_256", **_HYBRID), images(224)
+    ),
     Entry("timm vit_tiny", _timm("vit_tiny_patch16_224", img_size=64), images(64)),
     Entry("timm vit_small", _timm("vit_small_patch32_224", img_size=128), images(128)),
     Entry("timm vit_base", _timm("vit_base_patch32_224", img_size=128, depth=4), images(128)),
@@ -176,18 +179,18 @@ ZOO: tuple[Entry, ...] = (
     Entry("timm swinv2", _timm("swinv2_tiny_window8_256", **_SWIN2), images(64)),
     Entry("timm eva02", _timm("eva02_tiny_patch14_224", img_size=70, depth=6), images(70)),
     Entry("timm cait", _timm("cait_xxs24_224", img_size=64, depth=6), images(64)),
-    Entry("timm xcit", _timm("xcit_nano_12_p16_224", img_size=64, depth=4), images(64)),
+    Entry("timm xcit", _timm("xcit_nano_12_p16_224", img_size=64, depth=4), images(64), fast=True),
     Entry("timm vit_relpos", _timm("vit_relpos_small_patch16_224", **_DEPTH_6), images(64)),
     Entry("timm dinov3", _timm("vit_small_patch16_dinov3", img_size=64, depth=4), images(64)),
     Entry("timm pvt_v2", _timm("pvt_v2_b0"), images(64)),
-    Entry("timm vit_tiny, RMSNorm", _timm("vit_tiny_patch16_224", **_RMS), images(64)),
+    Entry("timm vit_tiny, RMSNorm", _timm("vit_tiny_patch16_224", **_RMS), images(64), fast=True),
     Entry("transformers CLIPVisionModel", _hf("CLIPVisionModel", **_HF_VISION), images(64)),
-    Entry("transformers CLIPTextModel", _hf("CLIPTextModel", **_HF_TEXT), captions(24)),
+    Entry("transformers CLIPTextModel", _hf("CLIPTextModel", **_HF_TEXT), captions(24), fast=True),
     Entry("transformers SiglipVisionModel", _hf("SiglipVisionModel", **_HF_VISION), images(64)),
     Entry("transformers ViTModel", _hf("ViTModel", **_HF_VISION), images(64)),
-    Entry("transformers Dinov2Model", _hf("Dinov2Model", **_HF_VISION), images(64)),
+    Entry("transformers Dinov2Model", _hf("Dinov2Model", **_HF_VISION), images(64), fast=True),
     Entry("transformers Aimv2VisionModel", _hf("Aimv2VisionModel", **_HF_VISION), images(64)),
-    Entry("transformers BertModel", _hf("BertModel", **_HF_TEXT), captions(24)),
+    Entry("transformers BertModel", _hf("BertModel", **_HF_TEXT), captions(24), fast=True),
     Entry("torchvision vit_b_16", _torchvision("vit_b_16", image_size=64), images(64)),
     Entry("torchvision swin_t", _torchvision("swin_t"), images(56)),
 )
