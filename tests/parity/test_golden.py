@@ -59,12 +59,15 @@ STRICT = {
     "r2": 2e-3,
     "W": 1e-3,
     "b": 1e-3,
+    "block": 1e-3,
     "classifier": 5e-2,
     "logits": 5e-2,
 }
 
 
 def _kind(key: str) -> str:
+    if key.startswith("quant.block"):  # the attention files have no FP32 blocks to compare with
+        return "block"
     if key.endswith("class_logits"):
         return "logits"
     if key.startswith(("quant.", "reparam.", "classifier.")):
@@ -184,13 +187,8 @@ def test_quantized_attention_equals_the_original_one(path: Path, strict: bool) -
     # Per block: q, k and v with a scale and a zero, the softmax with a scale.
     pattern = r"final\..*\.matmul\d\.quantizer_[AB]\."
     assert _assert_equals_original(path, strict, pattern) == 21
-    assert _assert_equals_original(path, strict, r"quant\.features") == 1
-    for index in range(3 if is_full(path) else 0):
-        key = f"quant.block{index}.out"
-        original, ours = golden(path)[key], values(path, strict)[key]
-        moved = [values(path, nudge=n)[key] - values(path)[key] for n in range(1, NUDGES + 1)]
-        allowed = max(1e-3 * float(original.norm()), *(float(m.norm()) for m in moved))
-        assert float((ours - original).norm()) <= allowed, key
+    wanted = 4 if is_full(path) else 1  # the features and 3 blocks
+    assert _assert_equals_original(path, strict, r"quant\.(features|block\d\.out)") == wanted
 
 
 def test_a_wrong_range_is_told_from_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
