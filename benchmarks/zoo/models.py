@@ -158,7 +158,7 @@ _HYBRID = {"timm_model_name": "vit_tiny_r_s16_p8_224", "image_size": 224}
 _CLIP_VISION = {"layers": 4, "width": 128, "head_width": 64, "image_size": 64}
 
 ZOO: tuple[Entry, ...] = (
-    Entry("open_clip ViT-B-32", _clip_image("ViT-B-32"), images(224)),
+    Entry("open_clip ViT-B-32", _clip_image("ViT-B-32", layers=4, image_size=128), images(128)),
     Entry("open_clip ViT-B-32 text", _clip_text("ViT-B-32"), captions(16)),
     Entry("open_clip ViT-B-16", _clip_image("ViT-B-16", **_CLIP_VISION), images(64), fast=True),
     Entry("open_clip ViT-L-14", _clip_image("ViT-L-14", layers=4, image_size=56), images(56)),
