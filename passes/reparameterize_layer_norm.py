@@ -133,8 +133,10 @@ def _name(norm: Node) -> str:
     """The norm's name in the source model, noted before its parameters get new names."""
     if "layer" not in norm.meta:
         weight, _ = norm_affine(norm)
-        has_weight = isinstance(weight, Node) and weight.op == "get_attr"
-        norm.meta["layer"] = strip_weight(str(weight.target)) if has_weight else norm.name
+        if isinstance(weight, Node) and weight.op == "get_attr":
+            norm.meta["layer"] = strip_weight(str(weight.target))
+        else:
+            norm.meta["layer"] = norm.name
     return layer_name(norm)
 
 

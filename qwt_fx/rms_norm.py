@@ -93,5 +93,5 @@ def _is_channel_weight(node: Node, x: Node) -> bool:
 
 
 def _same_dtype(first: Node, second: Node) -> bool:
-    values = first.meta.get("val"), second.meta.get("val")
-    return all(isinstance(v, Tensor) for v in values) and values[0].dtype == values[1].dtype
+    left, right = first.meta.get("val"), second.meta.get("val")
+    return isinstance(left, Tensor) and isinstance(right, Tensor) and left.dtype == right.dtype
