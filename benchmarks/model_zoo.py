@@ -1,6 +1,6 @@
 """RepQ-ViT and QwT on models that no pass was prepared for: random weights, one table.
 
-usage: python benchmarks/model_zoo.py [--models GLOB ...] [--samples 128] [--batch 64] [--seed 0]
+usage: python benchmarks/model_zoo.py [--models GLOB ...] [--samples 128] [--batch 128] [--seed 0]
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["*"], help="globs of model names")
     parser.add_argument("--samples", type=int, default=128, help="calibration samples")
     parser.add_argument(
-        "--batch", type=int, default=64, help="ranges come from the first; as many are evaluated"
+        "--batch", type=int, default=128, help="ranges come from the first; as many are evaluated"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -153,7 +153,7 @@ _DEPTH_6 = {"img_size": 64, "depth": 6}
 _RMS = {"img_size": 64, "depth": 4, "norm_layer": "rmsnorm"}
 _SWIN = {"img_size": 56, "depths": (2, 2, 2, 2)}
 _SWIN2 = {"img_size": 64, "window_size": 4, "depths": (2, 2, 2, 2)}
-_TIMM = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224}
+_SIGLIP = {"timm_model_name": "vit_small_patch32_224", "image_size": 224}
 _HYBRID = {"timm_model_name": "vit_tiny_r_s16_p8_224", "image_size": 224}
 _CLIP_VISION = {"layers": 4, "width": 128, "head_width": 64, "image_size": 64}
 
@@ -161,8 +161,8 @@ ZOO: tuple[Entry, ...] = (
     Entry("open_clip ViT-B-32", _clip_image("ViT-B-32", layers=4, image_size=128), images(128)),
     Entry("open_clip ViT-B-32 text", _clip_text("ViT-B-32"), captions(16)),
     Entry("open_clip ViT-B-16", _clip_image("ViT-B-16", **_CLIP_VISION), images(64), fast=True),
-    Entry("open_clip ViT-L-14", _clip_image("ViT-L-14", layers=4, image_size=56), images(56)),
-    Entry("open_clip SigLIP type", _clip_image("ViT-B-16-SigLIP", **_TIMM), images(224)),
+    Entry("open_clip ViT-L-14", _clip_image("ViT-L-14", layers=3, image_size=56), images(56)),
+    Entry("open_clip SigLIP type", _clip_image("ViT-B-16-SigLIP", **_SIGLIP), images(224)),
     Entry("open_clip ViT-B-16-SigLIP text", _clip_text("ViT-B-16-SigLIP"), captions(16)),
     Entry("open_clip coca_ViT-B-32", _clip_image("coca_ViT-B-32", **_CLIP_VISION), images(64)),
     Entry("open_clip coca_ViT-B-32 text", _clip_text("coca_ViT-B-32"), captions(16)),
