@@ -105,7 +105,8 @@ def measure(entry: Entry, samples: int, batch: int, seed: int, *, strict: bool =
 
 def _general(reason: str) -> str:
     """A reason without the names of this model's nodes."""
-    return re.sub(r"feeds \w+ \((\S+?)(\.\w+)?\)", r"feeds \1", reason)
+    operator = re.sub(r"feeds \w+ \((\S+?)(\.\w+)?\)", r"feeds \1", reason)
+    return re.sub(r"feeds ([a-z]+)_\d+, which", r"feeds \1, which", operator)
 
 
 def capture(entry: Entry, seed: int, *, strict: bool = False) -> GraphModule:

@@ -152,7 +152,7 @@ _HF_TEXT = {
 _DEPTH_6 = {"img_size": 64, "depth": 6}
 _RMS = {"img_size": 64, "depth": 4, "norm_layer": "rmsnorm"}
 _SWIN = {"img_size": 56, "depths": (2, 2, 2, 2)}
-_SWIN2 = {"img_size": 64, "window_size": 4, "depths": (2, 2, 2, 2)}
+_SWIN2 = {"img_size": 96, "window_size": 6, "depths": (2, 2, 2, 2)}
 _SIGLIP = {"timm_model_name": "vit_small_patch32_224", "image_size": 224}
 _HYBRID = {"timm_model_name": "vit_tiny_r_s16_p8_224", "image_size": 224}
 _CLIP_VISION = {"layers": 4, "width": 128, "head_width": 64, "image_size": 64}
@@ -176,13 +176,13 @@ ZOO: tuple[Entry, ...] = (
     Entry("timm deit3", _timm("deit3_small_patch16_224", img_size=64, depth=6), images(64)),
     Entry("timm beit", _timm("beit_base_patch16_224", img_size=64, depth=4), images(64)),
     Entry("timm swin", _timm("swin_tiny_patch4_window7_224", **_SWIN), images(56)),
-    Entry("timm swinv2", _timm("swinv2_tiny_window8_256", **_SWIN2), images(64)),
+    Entry("timm swinv2", _timm("swinv2_tiny_window8_256", **_SWIN2), images(96)),
     Entry("timm eva02", _timm("eva02_tiny_patch14_224", img_size=70, depth=6), images(70)),
     Entry("timm cait", _timm("cait_xxs24_224", img_size=64, depth=6), images(64)),
     Entry("timm xcit", _timm("xcit_nano_12_p16_224", img_size=64, depth=4), images(64), fast=True),
     Entry("timm vit_relpos", _timm("vit_relpos_small_patch16_224", **_DEPTH_6), images(64)),
     Entry("timm dinov3", _timm("vit_small_patch16_dinov3", img_size=64, depth=4), images(64)),
-    Entry("timm pvt_v2", _timm("pvt_v2_b0"), images(64)),
+    Entry("timm pvt_v2", _timm("pvt_v2_b0"), images(128)),
     Entry("timm vit_tiny, RMSNorm", _timm("vit_tiny_patch16_224", **_RMS), images(64), fast=True),
     Entry("transformers CLIPVisionModel", _hf("CLIPVisionModel", **_HF_VISION), images(64)),
     Entry("transformers CLIPTextModel", _hf("CLIPTextModel", **_HF_TEXT), captions(24), fast=True),
