@@ -14,6 +14,7 @@ from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import (
     CONVOLUTIONS,
     MATMULS,
+    RMS_NORM,
     SDPA,
     SHAPE_ONLY,
     SOFTMAXES,
@@ -91,6 +92,9 @@ class InsertObservers(Pass):
             return
         if source.op == "call_module" or weight.op == "call_module":
             return  # taken already
+        if is_constant(source):
+            yield Skip(name, "its input depends on no input of the model")
+            return
         if tensor_of(gm, weight) is None:
             yield Skip(name, "its weight is computed, not a parameter")
             return
@@ -106,7 +110,12 @@ class InsertObservers(Pass):
         yield Change(name, ", ".join(done))
 
     def _spec(
-        self, bits: int, *, ch_axis: int | None = None, include_zero: bool = True
+        self,
+        bits: int,
+        *,
+        ch_axis: int | None = None,
+        include_zero: bool = True,
+        symmetric: bool = False,
     ) -> QuantSpec:
         deployable = self.config.compat == "none"
         return QuantSpec(
@@ -114,6 +123,7 @@ class InsertObservers(Pass):
             ch_axis=ch_axis,
             integer_zero_point=deployable,
             include_zero=deployable and include_zero,
+            symmetric=symmetric,
             reserve_zero=deployable,
         )
 
@@ -122,8 +132,10 @@ class InsertObservers(Pass):
         if node.target in CONVOLUTIONS:
             return self._spec(IMAGE_BITS if origin.op == "placeholder" else bits)
         if is_call(origin, NORMS) and why_not_reparameterizable(gm, origin) is None:
-            # Any integer zero point is legal per channel: folding replaces it.
-            return self._spec(bits, ch_axis=-1, include_zero=False)
+            # Any integer zero point is legal per channel: folding replaces it. An RMSNorm has no bias
+            # that could take up the differences between zero points, so it gets the middle one.
+            symmetric = origin.target is RMS_NORM
+            return self._spec(bits, ch_axis=-1, include_zero=False, symmetric=symmetric)
         return self._spec(bits)
 
     def _insert(

@@ -6,7 +6,8 @@ s~ = mean(s), z~ = mean(z), r1 = s / s~, r2 = z - z~:
     gamma' = gamma / r1        beta' = (beta + s r2) / r1
     W' = W diag(r1)            b' = b - W (s r2)          for every linear that reads the norm
 
-leaves the function unchanged and makes every channel's quantizer equal (s~, z~).
+leaves the function unchanged and makes every channel's quantizer equal (s~, z~). An RMSNorm has no
+beta: its quantizer has z = 2^(b-1) in every channel, so r2 = 0 and beta and b stay.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.constants import constant_tensor
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import LAYER_NORM, add_module, add_tensor, argument, layer_name, tensor_of
+from qwt_fx.graph import (
+    LAYER_NORM,
+    RMS_NORM,
+    add_module,
+    add_tensor,
+    argument,
+    layer_name,
+    strip_weight,
+    tensor_of,
+)
 from qwt_fx.norms import (
     NORMS,
     NormReaders,
@@ -85,6 +96,9 @@ class ReparameterizeLayerNorm(Pass):
             if any(n not in _covered(readers) for n in readers.linears):
                 yield Skip(name, "one of its linears reads it unquantized")
                 continue
+            if norm.target is RMS_NORM and not per_channel[0].spec.symmetric:
+                yield Skip(name, "an RMSNorm has no shift, and its quantizer is not symmetric")
+                continue
             if _agrees(per_channel[0]):
                 yield Skip(name, "its channels agree already")
                 continue
@@ -102,7 +116,10 @@ class ReparameterizeLayerNorm(Pass):
         # (beta + s r2) / r1 = beta / r1 + s~ r2 and W (s r2) = W' (s~ r2): the published code
         # computes the right-hand sides, in the model's precision; so does this.
         r1 = scale / mean_scale
-        shift = (-zero_point * scale) / r1 - (-mean_zero * mean_scale)  # -s~ r2
+        if spec.symmetric:  # one zero point for all: r2 = 0, and no rounding may make it less so
+            shift = torch.zeros_like(scale)
+        else:
+            shift = (-zero_point * scale) / r1 - (-mean_zero * mean_scale)  # -s~ r2
         _rewrite_norm(gm, norm, r1, shift)
         for linear in readers.linears:
             _rewrite_linear(gm, norm, linear, r1, shift)
@@ -113,9 +130,13 @@ class ReparameterizeLayerNorm(Pass):
 
 
 def _name(norm: Node) -> str:
-    weight, _ = norm_affine(norm)
-    if isinstance(weight, Node) and weight.op == "get_attr" and "layer" not in norm.meta:
-        norm.meta["layer"] = str(weight.target).removesuffix(".weight")
+    """The norm's name in the source model, noted before its parameters get new names."""
+    if "layer" not in norm.meta:
+        weight, _ = norm_affine(norm)
+        if isinstance(weight, Node) and weight.op == "get_attr":
+            norm.meta["layer"] = strip_weight(str(weight.target))
+        else:
+            norm.meta["layer"] = norm.name
     return layer_name(norm)
 
 
@@ -143,7 +164,9 @@ def _rewrite_norm(gm: GraphModule, norm: Node, r1: Tensor, shift: Tensor) -> Non
     weight_arg, bias_arg = norm_affine(norm)
     weight, bias = tensor_of(gm, weight_arg), tensor_of(gm, bias_arg)
     like = weight if weight is not None else bias
-    dtype = like.dtype if like is not None else torch.float32
+    if like is None:
+        like = norm.meta["val"]  # no affine at all: the new one has the activations' dtype
+    dtype = like.dtype
     ratio, moved = r1.to(dtype), shift.to(dtype)
     gamma = weight if weight is not None else torch.ones_like(ratio)
     beta = bias if bias is not None else torch.zeros_like(ratio)
@@ -166,7 +189,8 @@ def _rewrite_linear(gm: GraphModule, norm: Node, linear: Node, r1: Tensor, shift
     source = weight_node(gm, linear)
     weight = tensor_of(gm, source)
     assert weight is not None and source is not None  # norm_readers checked
-    bias = tensor_of(gm, argument(linear, 2, "bias"))
+    # BEiT and EVA put the bias of q, k and v together from three tensors: its value counts.
+    bias = constant_tensor(gm, argument(linear, 2, "bias"))
     ratio, moved = r1.to(weight.dtype), shift.to(weight.dtype)
     scaled = (weight * ratio).detach()
     base = layer_name(linear)
@@ -175,7 +199,7 @@ def _rewrite_linear(gm: GraphModule, norm: Node, linear: Node, r1: Tensor, shift
         new_weight = add_tensor(gm, f"{base}_weight", scaled, parameter=True)
         if bias is not None or bool((moved != 0).any()):
             total = torch.mm(scaled, moved[:, None])[:, 0]
-            total = total if bias is None else bias.detach() + total
+            total = total if bias is None else bias + total
             new_bias = add_tensor(gm, f"{base}_bias", total, parameter=True)
     old = linear.args[1]
     assert isinstance(old, Node)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.constants import constant_value
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph import add_tensor, ancestors, argument, get_attr, is_constant
+from qwt_fx.rms_norm import fuse_rms_norms
 
 aten = torch.ops.aten
 
@@ -45,18 +47,23 @@ _FACTORIES = frozenset(
         aten.arange.start_step,
     }
 )
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+_PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
 _OWN_CALLS = frozenset({torch.sym_not, torch.sym_min, torch.sym_max})
 
 
 def canonicalize(gm: GraphModule) -> None:
     """Rewrite an exported graph in place into the canonical form every pass relies on.
 
-    Export's assertions and guards, dropout in evaluation mode, aliases and casts to the type a
-    value already has are removed; values that depend on no input become buffers; factories take
-    their device from an input. Raises `CaptureError` naming the node for any other call.
+    Export's assertions and guards, dropout in evaluation mode, aliases, pads by nothing and casts to
+    the type a value already has are removed. A view becomes a reshape, because kernels of another
+    device may lay their results out differently; an RMSNorm in separate operators becomes one.
+    Values that depend on no input become buffers; factories take their device from an input.
+    Raises `CaptureError` naming the node for any other call.
     """
     _remove_checks(gm)
     _remove_identities(gm)
+    fuse_rms_norms(gm)
     _fold_constants(gm)
     _follow_devices(gm)
     for node in gm.graph.nodes:
@@ -99,26 +106,16 @@ def _remove_identities(gm: GraphModule) -> None:
             if argument(node, 2, "train", False):
                 raise CaptureError(f"{node.name}: dropout in training mode; call model.eval()")
             _erase(gm, node, source)
+        elif node.target in _VIEWS:
+            node.target = aten.reshape.default
+        elif node.target in _PADS and not any(argument(node, 1, "pad")):
+            _erase(gm, node, source)
         elif node.target in _CASTS and _dtype(node) is not None:
             if _dtype(node) == _dtype(source):
                 _erase(gm, node, source)
             else:  # keeps the dtype, drops any literal device
                 node.target = aten.to.dtype
                 node.args, node.kwargs = (source, _dtype(node)), {}
-
-
-def _run(gm: GraphModule, node: Node, cache: dict[Node, Any]) -> Any:
-    """Value of a node that depends on no input."""
-    if node not in cache:
-        if node.op == "get_attr":
-            cache[node] = get_attr(gm, str(node.target))
-        else:
-            args, kwargs = torch.fx.node.map_arg(
-                (node.args, node.kwargs), lambda n: _run(gm, n, cache)
-            )
-            assert callable(node.target)  # only call_function nodes reach this line
-            cache[node] = node.target(*args, **kwargs)
-    return cache[node]
 
 
 def _fold_constants(gm: GraphModule) -> None:
@@ -138,7 +135,7 @@ def _fold_constants(gm: GraphModule) -> None:
         if node not in constants or all(user in constants for user in node.users):
             continue
         with torch.no_grad():
-            value = _run(gm, node, cache)
+            value = constant_value(gm, node, cache)
         with gm.graph.inserting_before(node):
             buffer = add_tensor(gm, f"constant_{node.name}", value.detach().contiguous().clone())
         buffer.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}

@@ -28,6 +28,14 @@ CONVOLUTIONS = frozenset(
     {aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.convolution.default}
 )
 MATMULS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default})
+# Products that no pass quantizes; they are listed so that none goes unreported.
+OTHER_PRODUCTS = frozenset(
+    {
+        aten.conv3d.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+        aten.addmm.default, aten.addmv.default, aten.baddbmm.default, aten.mv.default,
+        aten.bilinear.default,
+    }
+)  # fmt: skip
 SOFTMAXES = frozenset({aten.softmax.int, aten._softmax.default})
 
 # Ops that move elements without changing one, and that a per-last-channel quantizer commutes with
@@ -197,12 +205,13 @@ def weight_layers(gm: GraphModule) -> Iterator[Node]:
 
 
 def compute_nodes(gm: GraphModule) -> Iterator[Node]:
-    """Every node that multiplies matrices: linears, convolutions, matmuls, attention."""
+    """Every node that multiplies matrices: linears, convolutions, matmuls, attention, the rest."""
     for node in gm.graph.nodes:
         if node.op == "call_function" and (
             node.target is LINEAR
             or node.target in CONVOLUTIONS
             or node.target in MATMULS
+            or node.target in OTHER_PRODUCTS
             or node.target is SDPA
         ):
             yield node

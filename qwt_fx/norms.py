@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from qwt_fx.constants import constant_tensor
 from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import (
     LAYER_NORM,
@@ -75,7 +76,7 @@ def norm_readers(gm: GraphModule, norm: Node) -> NormReaders:
             if tensor_of(gm, _weight(gm, node)) is None:
                 return NormReaders(reason=f"the weight of {layer_name(node)} is computed")
             bias = argument(node, 2, "bias")
-            if bias is not None and tensor_of(gm, bias) is None:
+            if bias is not None and constant_tensor(gm, bias) is None:
                 return NormReaders(reason=f"the bias of {layer_name(node)} is computed")
             linears.append(node)
         else:

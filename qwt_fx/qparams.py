@@ -34,6 +34,7 @@ class QuantSpec:
         integer_zero_point: zero points are integers that fit the code range wherever they must be
             stored; `False` reproduces the published code (unclamped, non-integer after folding).
         include_zero: widen the range to contain 0, so that the zero point fits the code range.
+        symmetric: the zero point is 2^(bits - 1) whatever the range, and the scale covers both sides.
         reserve_zero: the last log-sqrt2 code means 0, so that b bits hold every value; `False`
             gives the published 2^b + 1 values.
     """
@@ -43,6 +44,7 @@ class QuantSpec:
     scheme: str = AFFINE
     integer_zero_point: bool = True
     include_zero: bool = True
+    symmetric: bool = False
     reserve_zero: bool = True
 
     def __post_init__(self) -> None:
@@ -84,19 +86,29 @@ def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tens
     low, high = low.float(), high.float()
     if spec.include_zero:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = (high - low) / spec.quant_max
+    if spec.symmetric:
+        middle = (spec.quant_max + 1) // 2
+        scale = torch.maximum(-low / middle, high / (spec.quant_max - middle))
+    else:
+        scale = (high - low) / spec.quant_max
     if not spec.integer_zero_point:
-        return scale, torch.round(-low / scale)
+        return scale, _zero_point(low, scale, spec)
     # Subnormal widths would overflow low / scale: they count as no width.
     flat = ~(scale > torch.finfo(torch.float32).tiny)
     if bool(flat.any()):
         wide = scale[~flat]
         neutral = wide.median() if wide.numel() else scale.new_ones(())
         scale = torch.where(flat, neutral, scale)
-    zero_point = torch.round(-low / scale)
+    zero_point = _zero_point(low, scale, spec)
     if spec.include_zero:
         zero_point = zero_point.clamp(spec.quant_min, spec.quant_max)
     return scale, zero_point
+
+
+def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    if spec.symmetric:
+        return torch.full_like(scale, (spec.quant_max + 1) // 2)
+    return torch.round(-low / scale)
 
 
 def fake_quantize_affine(

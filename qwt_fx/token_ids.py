@@ -1,4 +1,4 @@
-"""Token ids that stand in for activations, and what may be concluded from them."""
+"""Token ids that stand in for activations, what may be concluded from them, and by which operators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qwt_fx.graph import SHAPE_ONLY
+
+aten = torch.ops.aten
+
+ELEMENTWISE = frozenset(
+    {
+        aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor,
+        aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.gelu.default,
+        aten.sigmoid.default, aten.silu.default, aten.relu.default, aten.tanh.default,
+        aten.erf.default, aten.pow.Tensor_Scalar, aten.to.dtype, aten.clone.default,
+        aten.contiguous.default,
+    }
+)  # fmt: skip
+MOVES = SHAPE_ONLY | {
+    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+}  # fmt: skip
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+SAME_IDS = VIEWS | {aten.reshape.default, aten.to.dtype, aten.clone.default}
+# What these return depends on the shape of their tensor argument alone.
+READ_SHAPE = frozenset(
+    {
+        aten.sym_size.int, aten.new_full.default, aten.new_zeros.default, aten.new_ones.default,
+        aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    }
+)  # fmt: skip
 
 # Adding this to a score makes its softmax weight exactly 0 in float32; Hugging Face's masks hold the
 # most negative number instead of -inf.

@@ -25,29 +25,25 @@ from qwt_fx.graph import (
     LINEAR,
     RMS_NORM,
     SDPA,
-    SHAPE_ONLY,
     SOFTMAXES,
     argument,
     get_attr,
 )
 from qwt_fx.runner import start
-from qwt_fx.token_ids import NotProved, Tokens, check_same_samples, is_causal_mask, row_ids
+from qwt_fx.token_ids import (
+    ELEMENTWISE,
+    MOVES,
+    READ_SHAPE,
+    SAME_IDS,
+    VIEWS,
+    NotProved,
+    Tokens,
+    check_same_samples,
+    is_causal_mask,
+    row_ids,
+)
 
 aten = torch.ops.aten
-
-_ELEMENTWISE = frozenset(
-    {
-        aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor,
-        aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.gelu.default,
-        aten.sigmoid.default, aten.silu.default, aten.relu.default, aten.tanh.default,
-        aten.erf.default, aten.pow.Tensor_Scalar, aten.to.dtype, aten.clone.default,
-        aten.contiguous.default,
-    }
-)  # fmt: skip
-_MOVES = SHAPE_ONLY | {
-    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
-}  # fmt: skip
-_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
 @dataclass(frozen=True)
@@ -88,6 +84,7 @@ class _Tracer:
         if len(integers) != 1 or len(self.env) != 1:
             raise NotProved("the input is not one tensor of token ids")
         self.source = integers[0]
+        self.by_value = {self.source}  # nodes whose value, not only its shape, follows the ids
         self.batch, self.length = self.env[self.source].shape
         self.device = self.env[self.source].device
 
@@ -144,11 +141,23 @@ class _Tracer:
         tokens = [t for t in tracked if isinstance(t, Tokens)]
         if node.op == "call_module":
             return tokens[0] if tokens else tracked[0]  # a FakeQuant works element by element
-        if node.target is aten.embedding.default and node.args[1] is self.source:
+        if node.target is aten.embedding.default and self._is_source(node.args[1]):
             return self._embedding(node)
+        by_value = any(n in self.by_value for n in node.all_input_nodes)
         if not tokens:
+            if by_value and node.target not in READ_SHAPE:
+                self.by_value.add(node)
             return self._run(node, node.target)
+        if by_value and node.target is not aten.index.Tensor:
+            raise NotProved(f"{node.name}: the ids' values act on activations beside the embedding")
         return self._token_op(node, tokens)
+
+    def _is_source(self, node: Any) -> bool:
+        """Whether the node is the input, cast or reshaped to the shape it has."""
+        shape = self.env[self.source].shape
+        while node.target in SAME_IDS and self.env[node].shape == shape:
+            node = node.args[0]
+        return node is self.source
 
     def _value(self, node: Node, index: int) -> Any:
         argument_node = node.args[index]
@@ -167,9 +176,9 @@ class _Tracer:
 
     def _token_op(self, node: Node, tokens: list[Tokens]) -> Any:
         target = node.target
-        if target in _MOVES or getattr(target, "__name__", "") == "getitem":
+        if target in MOVES or getattr(target, "__name__", "") == "getitem":
             return self._move(node)
-        if target in _ELEMENTWISE:
+        if target in ELEMENTWISE:
             return self._elementwise(node, tokens)
         if target in (LAYER_NORM, RMS_NORM):
             ids = row_ids(tokens[0])
@@ -201,7 +210,7 @@ class _Tracer:
                 raise NotProved(f"{node.name}: attention scores are reshaped")
             return value.ids
 
-        target: Any = aten.reshape.default if node.target in _VIEWS else node.target
+        target: Any = aten.reshape.default if node.target in VIEWS else node.target
         args, kwargs = map_arg((node.args, node.kwargs), ids_of)
         source: Any = self._value(node, 0)
         if isinstance(source, list | tuple):  # an element of a split

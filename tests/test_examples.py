@@ -5,15 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_timm_example_runs_as_it_is(tmp_path: Path) -> None:
-    words = [sys.executable, str(EXAMPLES / "timm_vit.py")]
+@pytest.mark.parametrize(
+    ("name", "printed", "artifact"),
+    [
+        ("timm_deit.py", "torch.Size([8, 1000]) 50 layers quantized", "deit_tiny_w6a6"),
+        ("hf_clip.py", "BaseModelOutputWithPooling 25 layers quantized", "hf_clip_w6a6"),
+    ],
+)
+def test_example_runs_as_it_is(name: str, printed: str, artifact: str, tmp_path: Path) -> None:
+    words = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("torch.Size([8, 1000])")
-    assert (tmp_path / "vit_tiny_w6a6" / "artifact.json").is_file()
+    assert done.stdout.splitlines()[0] == printed
+    assert (tmp_path / artifact / "artifact.json").is_file()
 
 
 def test_the_original_script_parses_and_names_what_it_needs() -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from toys import Sequence, Tower, observed, op_sequence, randomize, tokens
 
 import qwt_fx
@@ -129,9 +130,38 @@ class _Computed(Sequence):
         return torch.nn.functional.linear(self.norm(x), self.linear.weight + 1.0) + self.other(x)
 
 
+class _PostNorm(Sequence):
+    """As in BERT: the norm's output is the next residual too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x + self.other(x))
+        return n + self.linear(torch.nn.functional.gelu(self.other(n)))
+
+
+class _Grouped(Sequence):
+    """A grouped convolution over the tokens reads the norm, as in XCiT's local interaction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv1d(16, 16, 3, padding=1, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x).transpose(1, 2)).transpose(1, 2)
+
+
+class _Padded(Sequence):
+    """Zeros behind a norm are not its outputs: the new bias would turn them into something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.nn.functional.pad(self.norm(x), (0, 0, 0, 2)))
+
+
 @pytest.mark.parametrize(
     ("model", "length", "reason"),
     [
+        (_PostNorm(), 5, r"feeds add_1 \(aten\.add\.Tensor\), not a linear"),
+        (_Grouped(), 5, "feeds transpose, which moves its last dimension"),
+        (_Padded(), 5, r"feeds pad \(aten\.pad\.default\), not a linear"),
         (_Residual(), 5, r"feeds add \(aten\.add\.Tensor\), not a linear"),
         (_Matmul(), 5, r"feeds matmul_1 \(aten\.matmul\.default\), not a linear"),
         (_Output(), 5, "is an output of the model"),
@@ -145,12 +175,50 @@ def test_near_misses_are_skipped_with_their_reason(
     x = tokens(length=length)
     gm = observed(randomize(model), x)
     code = gm.code
+    before = {name: value.clone() for name, value in gm.state_dict().items()}
     result = ReparameterizeLayerNorm()(gm)
     assert not result.modified
     (skip,) = result.skips
     assert skip.node == "norm"
     assert re.search(reason, skip.reason), skip.reason
     assert gm.code == code
+    assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())
+    set_mode(gm, Mode.OFF)
+    for exact, value in zip(tree_leaves(model(x)), tree_leaves(gm(x)), strict=True):
+        assert torch.equal(value, exact)
+
+
+def test_tied_linears_behind_two_norms_get_a_weight_each() -> None:
+    class Model(Sequence):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = torch.nn.LayerNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.norm(x)) + self.linear(self.second(x))
+
+    model, x = randomize(Model()).double(), tokens().double()
+    gm = observed(model, x)
+    assert len(ReparameterizeLayerNorm()(gm).changes) == 2
+    set_mode(gm, Mode.OFF)
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-9, atol=1e-9)
+    first, second = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    assert first.args[1] is not second.args[1]
+
+
+def test_bias_put_together_from_parameters_moves_too() -> None:
+    """BEiT and EVA concatenate the bias of q, a zero and the bias of v."""
+
+    class Model(Sequence):
+        def forward(self, x: Tensor) -> Tensor:
+            bias = torch.cat([self.linear.bias[:8], self.other.bias[8:]])
+            return torch.nn.functional.linear(self.norm(x), self.linear.weight, bias)
+
+    model, x = randomize(Model()).double(), tokens().double()
+    gm = observed(model, x)
+    assert ReparameterizeLayerNorm()(gm).modified
+    set_mode(gm, Mode.OFF)
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-9, atol=1e-9)
 
 
 def test_tied_weight_changes_for_the_norms_reader_only() -> None:

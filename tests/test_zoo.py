@@ -1,0 +1,120 @@
+"""Every model of the zoo: captured, moved, batched, quantized, and nothing left out silently."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import cache
+
+import pytest
+import torch
+from torch.fx import GraphModule
+from zoo.measure import Figures, capture, measure, run
+from zoo.models import ZOO, Entry
+from zoo.randomize import randomize
+
+import qwt_fx
+from qwt_fx.config import QuantConfig
+from qwt_fx.graph import compute_nodes, graph_info
+from qwt_fx.report import layer_rows
+
+SAMPLES = 128  # as in the table
+# Whatever multiplies matrices, by name: an oracle that does not use the package's own tables.
+PRODUCT = re.compile(r"linear|conv|matmul|\b\w*mm\b|\b\w*mv\b|einsum|attention|bilinear|\bdot\b")
+NOT_PRODUCT = re.compile(r"upsample|grid_sampler|native_batch_norm")
+
+
+def _entries() -> list[object]:
+    return [pytest.param(e, id=e.name, marks=() if e.fast else pytest.mark.slow) for e in ZOO]
+
+
+each_model = pytest.mark.parametrize("entry", _entries())
+
+
+@cache
+def _captured(entry: Entry, strict: bool = False) -> GraphModule:
+    return capture(entry, 0, strict=strict)
+
+
+@cache
+def _figures(entry: Entry) -> Figures:
+    return measure(entry, SAMPLES, SAMPLES, 0)
+
+
+def test_zoo_is_as_large_as_promised() -> None:
+    assert len(ZOO) >= 22
+    assert len({e.name for e in ZOO}) == len(ZOO)
+    assert sum(e.name.startswith("timm ") for e in ZOO) >= 10
+    assert sum(e.fast for e in ZOO) == 6
+
+
+@each_model
+def test_captured_graph_is_the_model_at_every_batch_size_and_moves_to_meta(entry: Entry) -> None:
+    torch.manual_seed(0)
+    model, gm = randomize(entry.build()), _captured(entry)
+    for batch in (1, 3):
+        x = entry.inputs(batch, 7)
+        torch.testing.assert_close(run(gm, x), run(model, x), rtol=1e-4, atol=1e-4)
+    moved = copy.deepcopy(gm).to("meta")
+    x = entry.inputs(5, 7).to("meta")
+    assert moved(x).device.type == "meta"
+    assert moved(x).shape[0] == 5
+
+
+@each_model
+def test_no_product_is_unquantized_without_a_reason(entry: Entry) -> None:
+    gm = _captured(entry)
+    found = set(compute_nodes(gm))
+    for node in gm.graph.nodes:
+        name = str(node.target)
+        if node.op == "call_function" and PRODUCT.search(name) and not NOT_PRODUCT.search(name):
+            assert node in found, f"{node.name}: {name}"
+    prepared = qwt_fx.prepare(gm, QuantConfig(recipe="repq-vit"))
+    skipped = dict(graph_info(prepared).passes[-1]["skips"])
+    taken = dict(graph_info(prepared).passes[-1]["changes"])
+    for node in compute_nodes(prepared):
+        assert (node.meta["layer"] in taken) != (node.meta["layer"] in skipped)
+
+
+@each_model
+def test_figures(entry: Entry) -> None:
+    figures = _figures(entry)
+    assert figures.blocks > 0
+    assert figures.blocks_share > 0.03, "the blocks contribute nothing: the figures are vacuous"
+    assert figures.reparameterized > 0
+    assert figures.quantized >= 4 * figures.blocks
+    assert figures.w8a8 >= 25.0
+    assert figures.w4a4_qwt - figures.w4a4 >= -0.1
+    assert all(reason for reason in figures.skipped)
+
+
+@each_model
+def test_report_of_the_quantized_model_and_its_round_trip(entry: Entry, tmp_path: object) -> None:
+    x = entry.inputs(8, 0)
+    config = QuantConfig(8, 8, recipe="repq-vit")
+    q = qwt_fx.quantize(_captured(entry), (x,), [x], config)
+    for row in layer_rows(q, "model"):
+        if row["w_bits"] is None and row["a_bits"] is None:
+            assert row["reason"] not in (None, "not quantized"), row["name"]
+    qwt_fx.save(q, f"{tmp_path}/artifact")
+    assert torch.equal(run(qwt_fx.load(f"{tmp_path}/artifact"), x), run(q, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.name) for e in ZOO if e.strict])
+def test_strict_capture_gives_the_same_graph(entry: Entry) -> None:
+    strict, traced = _captured(entry, strict=True), _captured(entry)
+    x = entry.inputs(3, 7)
+    torch.testing.assert_close(run(strict, x), run(traced, x), rtol=1e-5, atol=1e-5)
+    names = [[b.name for b in graph_info(gm).blocks] for gm in (strict, traced)]
+    assert names[0] == names[1]
+    targets = [[n.target for n in compute_nodes(gm)] for gm in (strict, traced)]
+    assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.name) for e in ZOO if "Bert" in e.name])
+def test_post_norm_model_keeps_its_norms(entry: Entry) -> None:
+    """Each norm of BERT feeds the next residual too; only the pooler's may be changed."""
+    figures = _figures(entry)
+    assert figures.skipped == {"feeds aten.add, not a linear": 2 * figures.blocks}
+    assert figures.reparameterized == 1
