@@ -21,6 +21,7 @@ from qwt_fx.pass_base import Change, Pass, Skip
 aten = torch.ops.aten
 
 _LARGEST = 127
+_WORTH = 2  # columns: a narrower table, such as one of scales, would grow by its own scales
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class QuantizeEmbeddings(Pass):
         for node in lookups:
             table = tensor_of(gm, node.args[0])
             if table is None or not table.is_floating_point():
+                continue
+            if table.shape[1] < _WORTH:
                 continue
             source = node.args[0]
             assert isinstance(source, Node)  # tensor_of found a tensor

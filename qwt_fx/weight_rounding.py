@@ -92,6 +92,7 @@ def gptq(
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of (h + damping)^-1; a matrix that is too singular gets more damping."""
+    upper: Tensor
     while True:
         damped = h.clone()
         damped.diagonal().add_(damping)
