@@ -93,6 +93,58 @@ def test_block_error_falls_and_second_run_is_unmodified() -> None:
     assert {s.reason for s in again.skips} == {"compensated already"}
 
 
+class SequenceFirst(torch.nn.Module):
+    """A tower whose blocks pass (length, batch, width) on, as older transformers do."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.norm_pre = tower.norm_pre
+        self.blocks = torch.nn.ModuleList(_Turned(b) for b in tower.blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm_pre(x).transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return x.transpose(0, 1)
+
+
+class _Turned(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_whole_samples_are_held_out_whatever_the_layout() -> None:
+    batches = _batches()
+    found = []
+    for turn in (False, True):
+        tower = randomize(Tower(1))
+        reference = qwt_fx.capture(SequenceFirst(tower) if turn else tower, (batches[0],))
+        q = observe(qwt_fx.prepare(reference, CONFIG), batches)
+        InsertCompensation(reference, batches)(q)
+        (record,) = graph_info(q).compensations.values()
+        found.append(record)
+    plain, turned = found
+    assert turned["r2_held_out"] == pytest.approx(plain["r2_held_out"], abs=1e-5)
+    assert turned["r2"] == pytest.approx(plain["r2"], abs=1e-5)
+
+
+def test_aiming_at_the_floating_point_path_repairs_errors_from_before_the_block() -> None:
+    batches = _batches()
+    fresh = tokens(64, 6, seed=99)
+    left = {}
+    for target in ("local", "fp"):
+        reference, q = _quantized(batches)
+        InsertCompensation(reference, batches, target=target)(q)
+        left[target] = float((q(fresh) - reference(fresh)).detach().norm())
+        records = graph_info(q).compensations.values()
+        assert {(r["target"], r["applied"]) for r in records} == {(target, True)}
+    assert left["fp"] < left["local"]
+
+
 def test_noise_is_rejected_on_held_out_samples() -> None:
     batches = [tokens(3, 2, seed=i) for i in range(2)]  # 12 tokens for 16 channels
     reference, q = _quantized(batches)
@@ -121,8 +173,14 @@ def test_one_sample_cannot_be_held_out() -> None:
 def test_bad_arguments_are_refused() -> None:
     batches = _batches(1)
     reference, q = _quantized(batches)
-    with pytest.raises(ConfigError, match="wanted 'qwt'"):
+    with pytest.raises(
+        ConfigError, match="got 'magic', wanted one of none, qwt, affine, lowrank:R"
+    ):
         InsertCompensation(reference, batches, kind="magic")
+    with pytest.raises(ConfigError, match="leave the pass out instead"):
+        InsertCompensation(reference, batches, kind="none")
+    with pytest.raises(ConfigError, match="got 'far', wanted one of local, fp"):
+        InsertCompensation(reference, batches, target="far")
     with pytest.raises(DataError, match="got a generator"):
         InsertCompensation(reference, (b for b in batches))
     other = qwt_fx.capture(randomize(Tower(1)), (batches[0],))
