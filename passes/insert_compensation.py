@@ -131,10 +131,13 @@ class _Walk:
         self.floating = BlockRunner(self.reference, self.batches)
         held_out = held_out_samples(sum(self.sizes), compensation.hold_out)
         self.judges = torch.split(held_out, self.sizes)
-        self.masks: list[dict[str, Tensor]] = [{} for _ in self.batches]
-        if compensation.token_masks:
-            boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
-            self.masks = [token_mask(gm, batch, boundary).rows for batch in self.batches]
+        # Block by block: compensating a block renames the next one's input.
+        self.masks: list[list[Tensor | None]] = [[] for _ in graph_info(gm).blocks]
+        boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
+        for batch in self.batches:
+            rows = token_mask(gm, batch, boundary).rows if compensation.token_masks else {}
+            for masks, source in zip(self.masks, boundary, strict=True):
+                masks.append(rows.get(source.name))
 
     def block(self, index: int) -> Change | Skip:
         """Compensate one block where it helps."""
@@ -154,7 +157,7 @@ class _Walk:
         if x.shape != y.shape:
             reason = f"its input {tuple(x.shape)} and output {tuple(y.shape)} differ"
             return Skip(block.name, reason)
-        rows = [self._rows(site, i) for i in range(len(self.batches))]
+        rows = [self._rows(site, i, mask) for i, mask in enumerate(self.masks[index])]
         if any(r is None for r in rows):
             return Skip(block.name, "which sample each of its tokens belongs to is not known")
         fit = self._fit(site, graph_info(self.reference).blocks[index], rows)
@@ -208,11 +211,10 @@ class _Walk:
         for env, batch in zip(self.quantized.envs, self.batches, strict=True):
             yield function(start(self.reference, batch), env[site.source])
 
-    def _rows(self, site: Site, index: int) -> tuple[Tensor, Tensor] | None:
+    def _rows(self, site: Site, index: int, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Which rows of a batch fit and which judge, bool (rows,) each; `None` if it is not known."""
         y = self.quantized.envs[index][site.result]
         keep = torch.ones(y.shape[:-1].numel(), dtype=torch.bool, device=y.device)
-        mask = self.masks[index].get(site.source.name)
         if mask is not None:
             keep &= mask.reshape(-1)
         if self.settings.hold_out == 0.0:

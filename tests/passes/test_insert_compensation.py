@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from small_clip import small_model
 from toys import WIDTH, Tower, randomize, tokens
 
 import qwt_fx
@@ -130,6 +133,40 @@ def test_whole_samples_are_held_out_whatever_the_layout() -> None:
     plain, turned = found
     assert turned["r2_held_out"] == pytest.approx(plain["r2_held_out"], abs=1e-5)
     assert turned["r2"] == pytest.approx(plain["r2"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwt", "int8", "affine"])
+def test_no_block_is_fitted_on_positions_behind_the_end_of_a_text(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    end = 49407  # the largest id ends a text, wherever it stands
+    texts = torch.randint(1, 1000, (96, 12), generator=generator)
+    ends = torch.randint(3, 9, (96,), generator=generator)
+    texts[torch.arange(96), ends] = end
+    behind = torch.arange(12) > ends[:, None]
+    other = torch.where(behind, torch.randint(1, 1000, texts.shape, generator=generator), texts)
+    model = Text(small_model())
+    reference = qwt_fx.capture(model, (texts[:2],))
+    q = observe(qwt_fx.prepare(reference, CONFIG), [texts])
+    records = []
+    for batch in (texts, other):
+        copied = copy.deepcopy(q)
+        InsertCompensation(reference, [batch], kind=kind)(copied)
+        records.append(list(graph_info(copied).compensations.values()))
+    assert any(r["applied"] for r in records[0][:-1]), "no block's input was renamed"
+    for ours, theirs in zip(*records, strict=True):
+        assert ours["r2"] == pytest.approx(theirs["r2"], abs=1e-4)
+        assert ours["r2_held_out"] == pytest.approx(theirs["r2_held_out"], abs=1e-4)
+
+
+class Text(torch.nn.Module):
+    """The text tower of a CLIP."""
+
+    def __init__(self, clip: torch.nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return self.clip.encode_text(text)
 
 
 def test_aiming_at_the_floating_point_path_repairs_errors_from_before_the_block() -> None:
