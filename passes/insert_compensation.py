@@ -1,56 +1,66 @@
-"""QwT: a residual linear behind each quantized block (arXiv 2411.13918, eq. 4 and 5).
+"""QwT and its cheaper kin: repair each quantized block's error by closed-form regression.
 
-    y = l_q(x) + x W + b,   W, b = least squares of l_fp(x) - l_q(x) on [x 1] over the tokens
+    y = l_q(x) + f(...),   f = least squares of target - l_q(x) over the calibration tokens
 
-Blocks are done in order, so x is the output of the quantized and compensated prefix.
+f is a linear of the block's input as published (QwT, arXiv 2411.13918, eq. 4 and 5), or one of the
+cheaper kinds of `qwt_fx.compensators`. Blocks are done in order, so x is the output of the quantized
+and compensated prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from qwt_fx.channel_affine import AffineFit
+from qwt_fx.compensation_kind import parse_compensation
+from qwt_fx.compensation_sites import NoSite
+from qwt_fx.compensators import Compensator, Site, compensator
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.fake_quant import Mode
-from qwt_fx.graph import Block, add_tensor, find_node, graph_info
+from qwt_fx.graph import Block, find_node, graph_info
 from qwt_fx.hold_out import held_out_samples
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.regression import Fit, Moments, fit_held_out, fit_original
 from qwt_fx.runner import BlockRunner, Subgraph, batch_size, check_batches, start
+from qwt_fx.sample_ids import sample_ids
 from qwt_fx.token_map import token_mask
 
-aten = torch.ops.aten
+TARGETS = ("local", "fp")
 
 
 @dataclass(frozen=True)
 class InsertCompensation(Pass):
-    """Insert y + x W + b behind every transformer block where it helps.
+    """Compensate every transformer block where it helps.
 
     Attributes:
-        reference: the floating-point graph the quantized one was made from; the target of each
-            block is its block of the same name, run on the quantized path's input.
+        reference: the floating-point graph the quantized one was made from.
         batches: calibration batches, a list of tuples of tensors (or of tensors).
-        kind: "qwt".
+        kind: "qwt", "affine", "lowrank:R" (R at least 1; at most the width is used) or "int8".
+        target: what a block's output should be: "local", the floating-point block on the quantized
+            path's input, as published; "fp", the floating-point path's own output, so that errors
+            from before the block are repaired, too.
         hold_out: share of the samples, in [0, 0.5), that chooses the ridge and decides whether a
             block is compensated: only with a positive R^2 there. 0 fits and judges on every
             sample by minimum-norm least squares, as published.
         token_masks: leave out text positions that provably cannot matter.
-        half: store W in half precision (it is read back as float32); a W that overflows half
-            precision stays in float32.
+        half: store weights in half precision (they are read back as float32); one that overflows
+            half precision stays in float32.
+        progress: called as progress(blocks done, blocks).
 
-    A block compensated before is skipped. Raises `ConfigError` for an unknown kind,
+    A block compensated before is skipped. Raises `ConfigError` for an unknown kind or target,
     `PreconditionError` when the graphs' blocks differ or a quantizer has not been observed.
     """
 
     reference: GraphModule
     batches: Any
     kind: str = "qwt"
+    target: str = "local"
     hold_out: float = 0.2
     token_masks: bool = True
     half: bool = True
@@ -59,8 +69,13 @@ class InsertCompensation(Pass):
     preserves_fp: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.kind != "qwt":
-            raise ConfigError(f"InsertCompensation.kind: got {self.kind!r}, wanted 'qwt'")
+        if parse_compensation(self.kind).name == "none":
+            raise ConfigError("InsertCompensation.kind: got 'none': leave the pass out instead")
+        if self.target not in TARGETS:
+            raise ConfigError(
+                f"InsertCompensation.target: got {self.target!r}, wanted one of "
+                f"{', '.join(TARGETS)}"
+            )
         if not 0.0 <= self.hold_out < 0.5:
             raise ConfigError(f"InsertCompensation.hold_out: got {self.hold_out}, wanted [0, 0.5)")
         check_batches(self.batches)
@@ -89,101 +104,126 @@ class InsertCompensation(Pass):
         if not info.blocks:
             yield Skip("graph", "no transformer block was found")
             return
-        batches = check_batches(self.batches)
-        samples = sum(batch_size(b) for b in batches)
+        samples = sum(batch_size(b) for b in check_batches(self.batches))
         if self.hold_out > 0.0 and samples < 2:
             yield Skip("graph", "one calibration sample: none can be held out")
             return
-        masks = self._masks(gm, batches) if self.token_masks else [{} for _ in batches]
         with torch.no_grad():
-            runner = BlockRunner(gm, batches)
+            walk = _Walk(self, gm)
             for index in range(len(info.blocks)):
-                yield self._block(gm, index, runner, masks)
+                yield walk.block(index)
                 if self.progress is not None:
                     self.progress(index + 1, len(info.blocks))
 
-    def _masks(self, gm: GraphModule, batches: Sequence[Any]) -> list[dict[str, Tensor]]:
-        boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
-        return [token_mask(gm, batch, boundary).rows for batch in batches]
 
-    def _block(
-        self, gm: GraphModule, index: int, runner: BlockRunner, masks: list[dict[str, Tensor]]
-    ) -> Change | Skip:
-        info = graph_info(gm)
-        block, original = info.blocks[index], graph_info(self.reference).blocks[index]
-        if block.name in info.compensations and info.compensations[block.name]["applied"]:
+class _Walk:
+    """Both graphs at the block reached."""
+
+    def __init__(self, compensation: InsertCompensation, gm: GraphModule) -> None:
+        self.gm = gm
+        self.settings = compensation
+        self.reference = compensation.reference
+        self.kind = parse_compensation(compensation.kind)
+        self.compensator: Compensator = compensator(self.kind, compensation.half)
+        self.batches = check_batches(compensation.batches)
+        self.sizes = [batch_size(b) for b in self.batches]
+        self.quantized = BlockRunner(gm, self.batches)
+        self.floating = BlockRunner(self.reference, self.batches)
+        held_out = held_out_samples(sum(self.sizes), compensation.hold_out)
+        self.judges = torch.split(held_out, self.sizes)
+        # Block by block: compensating a block renames the next one's input.
+        self.masks: list[list[Tensor | None]] = [[] for _ in graph_info(gm).blocks]
+        boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
+        for batch in self.batches:
+            rows = token_mask(gm, batch, boundary).rows if compensation.token_masks else {}
+            for masks, source in zip(self.masks, boundary, strict=True):
+                masks.append(rows.get(source.name))
+
+    def block(self, index: int) -> Change | Skip:
+        """Compensate one block where it helps."""
+        gm, info = self.gm, graph_info(self.gm)
+        block = info.blocks[index]
+        if info.compensations.get(block.name, {}).get("applied"):
             return Skip(block.name, "compensated already")
         source, result = find_node(gm, block.input), find_node(gm, block.output)
-        runner.advance(source)
-        runner.advance(result, keep=(source,))
-        first_x, first_y = runner.envs[0][source], runner.envs[0][result]
-        if first_x.shape != first_y.shape:
-            reason = f"its input {tuple(first_x.shape)} and output {tuple(first_y.shape)} differ"
+        try:
+            site = self.compensator.site(gm, block.name, source, result)
+        except NoSite as error:
+            return Skip(block.name, str(error))
+        self.quantized.advance(source)
+        self.quantized.advance(result, keep=(source, site.regressor))
+        first = self.quantized.envs[0]
+        x, y = site.regressor_value(first[site.regressor]), first[result]
+        if x.shape != y.shape:
+            reason = f"its input {tuple(x.shape)} and output {tuple(y.shape)} differ"
             return Skip(block.name, reason)
-        function = Subgraph(
-            self.reference,
-            find_node(self.reference, original.input),
-            find_node(self.reference, original.output),
-        )
-        fit = self._fit(function, source, result, runner, [m.get(source.name) for m in masks])
+        rows = [self._rows(site, i, mask) for i, mask in enumerate(self.masks[index])]
+        if any(r is None for r in rows):
+            return Skip(block.name, "which sample each of its tokens belongs to is not known")
+        fit = self._fit(site, graph_info(self.reference).blocks[index], rows)
         judged = fit.r2 if fit.r2_held_out is None else fit.r2_held_out
-        applied = judged > 0.0
-        info.compensations[block.name] = {
+        record = info.compensations[block.name] = {
+            "kind": str(self.kind),
+            "target": self.settings.target,
             "r2": fit.r2,
             "r2_held_out": fit.r2_held_out,
             "ridge": fit.ridge,
-            "applied": applied,
-            "parameters": fit.weight.numel() + fit.bias.numel() if applied else 0,
+            "applied": judged > 0.0,
+            "parameters": 0,
+            "macs": 0,
         }
-        if not applied:
+        if not record["applied"]:
             return Skip(block.name, f"R^2 {judged:.4g} is not positive")
-        output = self._insert(gm, block, source, result, fit)
-        info.blocks[:] = [_moved(b, result.name, output.name) for b in info.blocks]
-        runner.advance(output)
-        return Change(block.name, f"R^2 {judged:.4g}")
+        inserted = self.compensator.insert(gm, site, fit)
+        record |= {"parameters": inserted.parameters, "macs": inserted.macs}
+        if inserted.output is result:  # folded away: the values at hand are from before
+            assert isinstance(fit, AffineFit)
+            for env in self.quantized.envs:
+                env[result] = env[result] + fit.correction(env[site.regressor])
+        else:
+            info.blocks[:] = [_moved(b, result.name, inserted.output.name) for b in info.blocks]
+            self.quantized.advance(inserted.output)
+        return Change(block.name, f"{self.kind}, R^2 {judged:.4g}")
 
-    def _fit(
-        self,
-        function: Subgraph,
-        source: Node,
-        result: Node,
-        runner: BlockRunner,
-        rows: list[Tensor | None],
-    ) -> Fit:
-        width = runner.envs[0][source].shape[-1]
-        device = runner.envs[0][source].device
-        train, held_out = (Moments.empty(width, width, device) for _ in range(2))
-        sizes = [batch_size(b) for b in self.batches]
-        judges = torch.split(held_out_samples(sum(sizes), self.hold_out), sizes)
-        for env, batch, mask, judged in zip(runner.envs, self.batches, rows, judges, strict=True):
-            x, y = env[source], env[result]
-            error = function(start(self.reference, batch), x) - y
-            _add(train, x, error, mask, ~judged)
-            _add(held_out, x, error, mask, judged)
-        return fit_held_out(train, held_out) if self.hold_out > 0.0 else fit_original(train)
+    def _fit(self, site: Site, original: Block, rows: list[Any]) -> Any:
+        """Fit the error of a block; `original` is its record in the reference."""
+        envs = self.quantized.envs
+        width, outputs = envs[0][site.regressor].shape[-1], envs[0][site.result].shape[-1]
+        device = envs[0][site.result].device
+        train, judge = (self.compensator.empty(width, outputs, device) for _ in range(2))
+        targets = self._targets(site, original)
+        for env, target, (fits, judges) in zip(envs, targets, rows, strict=True):
+            x = site.regressor_value(env[site.regressor]).reshape(-1, width)
+            error = (target - env[site.result]).reshape(-1, outputs)
+            for sums, chosen in ((train, fits), (judge, judges)):
+                if bool(chosen.any()):
+                    sums.add(x[chosen], error[chosen])
+        return self.compensator.fit(train, judge if self.settings.hold_out > 0.0 else None)
 
-    def _insert(self, gm: GraphModule, block: Block, source: Node, result: Node, fit: Fit) -> Node:
-        weight = fit.weight.float()  # (in, out)
-        half = weight.half()
-        use_half = self.half and bool(torch.isfinite(half).all())
-        readers = list(result.users)
-        name = f"{block.name}.compensation"
-        following = result.next
-        with gm.graph.inserting_before(following):
-            matrix = add_tensor(gm, f"{name}_weight", half if use_half else weight)
-            bias = add_tensor(gm, f"{name}_bias", fit.bias.float())
-            if use_half:
-                matrix = gm.graph.call_function(aten.to.dtype, (matrix, torch.float32))
-            correction = gm.graph.call_function(aten.matmul.default, (source, matrix))
-            partial = gm.graph.call_function(aten.add.Tensor, (result, correction))
-            output = gm.graph.call_function(aten.add.Tensor, (partial, bias))
-        correction.meta["layer"] = name
-        for key in ("val", "nn_module_stack"):
-            if key in result.meta:
-                output.meta[key] = partial.meta[key] = correction.meta[key] = result.meta[key]
-        for reader in readers:
-            reader.replace_input_with(result, output)
-        return output
+    def _targets(self, site: Site, original: Block) -> Iterator[Tensor]:
+        """What the block's output should be, batch by batch."""
+        end = find_node(self.reference, original.output)
+        if self.settings.target == "fp":
+            self.floating.advance(end)
+            yield from (env[end] for env in self.floating.envs)
+            return
+        function = Subgraph(self.reference, find_node(self.reference, original.input), end)
+        for env, batch in zip(self.quantized.envs, self.batches, strict=True):
+            yield function(start(self.reference, batch), env[site.source])
+
+    def _rows(self, site: Site, index: int, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Which rows of a batch fit and which judge, bool (rows,) each; `None` if it is not known."""
+        y = self.quantized.envs[index][site.result]
+        keep = torch.ones(y.shape[:-1].numel(), dtype=torch.bool, device=y.device)
+        if mask is not None:
+            keep &= mask.reshape(-1)
+        if self.settings.hold_out == 0.0:
+            return keep, torch.zeros_like(keep)
+        samples = sample_ids(site.result, y.shape, self.sizes[index])
+        if samples is None:
+            return None
+        judged = self.judges[index][samples].to(y.device)
+        return keep & ~judged, keep & judged
 
 
 def _moved(block: Block, old: str, new: str) -> Block:
@@ -193,15 +233,3 @@ def _moved(block: Block, old: str, new: str) -> Block:
         new if block.input == old else block.input,
         new if block.output == old else block.output,
     )
-
-
-def _add(moments: Moments, x: Tensor, error: Tensor, rows: Tensor | None, samples: Tensor) -> None:
-    """Add the tokens of the chosen samples (first dimension) and rows."""
-    width = x.shape[-1]
-    keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    keep &= samples.to(x.device).reshape(-1, *([1] * (keep.dim() - 1)))
-    if rows is not None:
-        keep &= rows.reshape(keep.shape)
-    flat = keep.reshape(-1)
-    if bool(flat.any()):
-        moments.add(x.reshape(-1, width)[flat], error.reshape(-1, width)[flat])

@@ -135,6 +135,7 @@ def calibrate(
                 floating,
                 listed,
                 kind=recipe.compensation,
+                target=recipe.target,
                 hold_out=config.hold_out if recipe.held_out else 0.0,
                 token_masks=recipe.mask_regression,
                 half=recipe.half_compensation,
@@ -204,19 +205,19 @@ def simulate(calibrated: GraphModule, on: bool) -> GraphModule:
 def compensations(quantized: GraphModule) -> dict[str, dict[str, Any]]:
     """The compensation of each compensated block.
 
-    Returns `{block: {"W": (in, out), "b": (out,), "r2": float, "r2_held_out": float | None}}`;
-    W and b float32 tensors.
+    Returns `{block: {"W": (in, out), "b": (out,), "kind": str, "r2": float, "r2_held_out": float |
+    None}}`; W and b float32 tensors. W acts on the block's input, for "int8" on the dequantized input
+    of the block's first linears. W and b are `None` for "affine", which is folded into the block's
+    last linear.
     """
-    records = graph_info(quantized).compensations
-    return {
-        block: {
-            "W": weight,
-            "b": bias,
-            "r2": records[block]["r2"],
-            "r2_held_out": records[block]["r2_held_out"],
-        }
-        for block, (weight, bias) in compensation_tensors(quantized).items()
-    }
+    tensors = compensation_tensors(quantized)
+    found = {}
+    for block, record in graph_info(quantized).compensations.items():
+        if record["applied"]:
+            weight, bias = tensors.get(block, (None, None))
+            found[block] = {"W": weight, "b": bias}
+            found[block] |= {key: record[key] for key in ("kind", "r2", "r2_held_out")}
+    return found
 
 
 def report(quantized: GraphModule) -> dict[str, Any]:

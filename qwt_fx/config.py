@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from qwt_fx.compensation_kind import FORMS, parse_compensation
 from qwt_fx.errors import ConfigError
 
 RECIPES = ("repq-vit", "best")
 COMPATS = ("none", "original")
-COMPENSATIONS = ("auto", "none", "qwt")
 TOKEN_MASKS = ("auto", "none", "regression", "all")
 RANGES = ("auto", "percentile", "output")
 TARGETS = ("auto", "local", "fp")
@@ -78,6 +78,19 @@ def parse_override(glob: str, value: str) -> LayerBits:
     )
 
 
+def check_compensation(value: object) -> None:
+    """Raise `ConfigError`, naming the allowed forms, unless this is a compensation or "auto"."""
+    if value == AUTO:
+        return
+    try:
+        parse_compensation(value)
+    except ConfigError:
+        raise ConfigError(
+            f"compensation: got {value!r}, wanted one of {', '.join((AUTO, *FORMS))} "
+            "(R a whole number of at least 1)"
+        ) from None
+
+
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}: got {value!r}, wanted one of {', '.join(allowed)}")
@@ -105,8 +118,11 @@ class QuantConfig:
         compat: "original" reproduces the published CLIP code exactly, non-integer and unclamped
             zero points included (only with recipe "repq-vit"); such a model can be evaluated,
             not saved, lowered or exported.
-        compensation: "qwt" inserts a residual linear behind each block (QwT, arXiv 2411.13918);
-            "none"; "auto" is the recipe's own choice.
+        compensation: what each block's error is repaired with: "qwt", a linear of the block's input
+            in half precision (QwT, arXiv 2411.13918); "lowrank:R", that linear as two factors of
+            rank R; "int8", an 8-bit linear of the block's first quantized activation; "affine", a
+            scale and shift of its last linear, folded away (QwT-v2, arXiv 2505.20932); "none";
+            "auto" is the recipe's own choice.
         attention: "none" leaves q, k, v and softmax(QK^T) in floating point, "uniform" quantizes
             them uniformly, "log2" the softmax with the log-sqrt2 quantizer.
         overrides: layer-name glob -> "wNaM" or "skip"; the last match wins; a glob that matches
@@ -161,7 +177,7 @@ class QuantConfig:
         _bits("a_bits", self.a_bits)
         _choice("recipe", self.recipe, RECIPES)
         _choice("compat", self.compat, COMPATS)
-        _choice("compensation", self.compensation, COMPENSATIONS)
+        check_compensation(self.compensation)
         _choice("attention", self.attention, ATTENTIONS)
         _choice("token_masks", self.token_masks, TOKEN_MASKS)
         _fraction("hold_out", self.hold_out, below=0.5)
@@ -180,6 +196,11 @@ class QuantConfig:
             raise ConfigError(
                 f"compat='original' with recipe={self.recipe!r}: it reproduces the published "
                 "procedure, so it needs recipe='repq-vit'"
+            )
+        if self.compat == "original" and self.compensation not in (AUTO, "none", "qwt"):
+            raise ConfigError(
+                f"compensation={self.compensation!r} with compat='original': the published "
+                "procedure knows none and qwt; use compat='none'"
             )
         chosen = [name for name in REMEDIES if getattr(self, name) != AUTO]
         if self.compat == "original" and chosen:

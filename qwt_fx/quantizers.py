@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from qwt_fx.graph import (
     CONVOLUTIONS,
     LINEAR,
     SHAPE_ONLY,
+    ancestors,
     compute_nodes,
+    get_attr,
     is_call,
     is_constant,
     layer_name,
@@ -22,11 +26,13 @@ from qwt_fx.graph import (
     weight_layers,
 )
 from qwt_fx.norms import fake_quant_of, is_fake_quant
+from qwt_fx.runner import execute
 
 _PER_TENSOR = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
 _PER_CHANNEL = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})
 _LOG = frozenset({ops.DEQUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_LOG_SQRT2})
 _ORIGINAL = frozenset({ops.FAKE_QUANTIZE_AFFINE})
+_COMPENSATION = re.compile(r"(.*)\.compensation(?:\.down|\.up)?")
 
 
 @dataclass(frozen=True)
@@ -112,32 +118,63 @@ def qparams(gm: GraphModule) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
 
 
 def compensation_tensors(gm: GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight (in, out) and bias (out,) of each block's compensation, by block name, float32."""
+    """Weight (in, out) and bias (out,) of each block's compensating linear, by block name, float32.
+
+    The weight as the graph computes with it: the product of two factors, or dequantized integers. A
+    compensation that was folded into the block has no entry.
+    """
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for node in compute_nodes(gm):
-        name = layer_name(node)
-        if not name.endswith(".compensation"):
-            continue
-        weight_arg = node.args[1]
-        if isinstance(weight_arg, Node) and weight_arg.op == "call_function":
-            weight_arg = weight_arg.args[0]  # stored in half precision, read back as float32
-        weight = tensor_of(gm, weight_arg)
-        (partial,) = node.users
-        (output,) = partial.users
-        bias = tensor_of(gm, output.args[1])
-        if weight is not None and bias is not None:
-            found[name.removesuffix(".compensation")] = (weight.float(), bias.float())
+    for block, nodes in _compensation_nodes(gm).items():
+        weight = reduce(torch.matmul, (_matrix(gm, node) for node in nodes))
+        bias = _constant(gm, _compensation_bias(nodes[-1]))
+        found[block] = (weight.float(), bias.float())
     return found
 
 
 def compensation_bytes(gm: GraphModule) -> int:
-    """Bytes that the compensations add to the stored model."""
-    total = 0
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = tensor_of(gm, node)
-        if value is not None and "_compensation_" in str(node.target):
-            total += value.numel() * value.element_size()
-    return total
+    """Bytes that the compensations add to a converted graph as it is stored."""
+    read: set[str] = set()
+    for nodes in _compensation_nodes(gm).values():
+        operands = [node.args[1] for node in nodes] + [_compensation_bias(nodes[-1])]
+        for operand in operands:
+            assert isinstance(operand, Node)
+            read |= {str(n.target) for n in ancestors(operand) if n.op == "get_attr"}
+    tensors = [get_attr(gm, path) for path in read]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _compensation_nodes(gm: GraphModule) -> dict[str, list[Node]]:
+    """The products of each block's compensation, in order, by block name."""
+    found: dict[str, list[Node]] = {}
+    for node in compute_nodes(gm):
+        if match := _COMPENSATION.fullmatch(layer_name(node)):
+            found.setdefault(match.group(1), []).append(node)
+    return found
+
+
+def _compensation_bias(node: Node) -> object:
+    """A linear has its own; behind a matmul it is the second value added."""
+    if node.target is LINEAR:
+        return node.args[2]
+    (partial,) = node.users
+    (output,) = partial.users
+    return output.args[1]
+
+
+def _matrix(gm: GraphModule, node: Node) -> Tensor:
+    value = _constant(gm, node.args[1])
+    return value.T if node.target is LINEAR else value
+
+
+def _constant(gm: GraphModule, node: object) -> Tensor:
+    """The value of a node that depends on no input."""
+    assert isinstance(node, Node)
+    env: dict[Node, Any] = {}
+    needed = ancestors(node)
+    for step in (n for n in gm.graph.nodes if n in needed):
+        env[step] = execute(gm, step, env)
+    value: Tensor = env[node]
+    return value.detach()
 
 
 def weight_code_bits(gm: GraphModule) -> dict[str, int]:

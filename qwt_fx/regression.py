@@ -8,13 +8,18 @@ the channels to the constant column; float64 sums and a scaled ridge or a cut-of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from qwt_fx.stored_weight import Dense, Storage
+
 # Ridge strengths relative to the mean eigenvalue of the centred Gram; 0 means a cut-off alone.
 RIDGES = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _EIGENVALUE_CUT = 1e-12  # relative to the largest eigenvalue: singular values below 1e-6
+
+DENSE = Dense()
 
 
 @dataclass
@@ -52,6 +57,19 @@ class Moments:
             self.count + other.count,
         )
 
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of x (d,) and y (e,)."""
+        count = max(self.count, 1)
+        return self.gram[-1, :-1] / count, self.cross[-1] / count
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Sums about the means: x x^T (d, d) and x y^T (d, e)."""
+        mean_x, mean_y = self.means()
+        return (
+            self.gram[:-1, :-1] - self.count * torch.outer(mean_x, mean_x),
+            self.cross[:-1] - self.count * torch.outer(mean_x, mean_y),
+        )
+
     def total(self) -> float:
         """Sum of squares of y about its mean per output channel."""
         return self.square - float(self.cross[-1].square().sum()) / max(self.count, 1)
@@ -72,13 +90,26 @@ class Moments:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted linear: weight (d, e) and bias (e,) float64, R^2 on the fitted and held-out tokens."""
+    """A fitted linear as it will be stored, and R^2 on the fitted and held-out tokens.
 
-    weight: Tensor
+    factors: float64, their product is the weight (d, e); bias (e,) float64.
+    """
+
+    factors: tuple[Tensor, ...]
     bias: Tensor
     r2: float
     r2_held_out: float | None
     ridge: float | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the factors, (d, e) float64."""
+        return product(self.factors)
+
+
+def product(factors: tuple[Tensor, ...]) -> Tensor:
+    """Matrix product of factors in order."""
+    return reduce(torch.matmul, factors)
 
 
 def solve_minimum_norm(moments: Moments) -> tuple[Tensor, Tensor]:
@@ -94,39 +125,51 @@ class _RidgePath:
     """Solutions for many ridges from one eigendecomposition of the centred Gram."""
 
     def __init__(self, moments: Moments) -> None:
-        count = max(moments.count, 1)
-        self._mean_x = moments.gram[-1, :-1] / count
-        self._mean_y = moments.cross[-1] / count
-        centred = moments.gram[:-1, :-1] - count * torch.outer(self._mean_x, self._mean_x)
-        cross = moments.cross[:-1] - count * torch.outer(self._mean_x, self._mean_y)
-        self._values, self._vectors = torch.linalg.eigh(centred)
+        self._mean_x, self._mean_y = moments.means()
+        self._gram, cross = moments.centred()
+        self._values, self._vectors = torch.linalg.eigh(self._gram)
         self._projected = self._vectors.T @ cross
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Weight (d, e) and bias (e,) for a ridge relative to the mean eigenvalue."""
+    def solve(self, ridge: float, storage: Storage) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Factors of the weight (d, e) and bias (e,) for a ridge relative to the mean eigenvalue."""
         values = self._values.clamp_min(0.0)
         keep = values > values[-1] * _EIGENVALUE_CUT
-        shifted = values + ridge * values.mean()
+        added = ridge * values.mean()
+        shifted = values + added
         inverse = torch.where(keep, 1.0 / torch.where(keep, shifted, torch.ones_like(values)), 0.0)
         weight = self._vectors @ (inverse[:, None] * self._projected)
-        return weight, self._mean_y - self._mean_x @ weight
+        # With the ridge in its Gram, a weight of low rank minimizes the ridge objective, too.
+        gram = self._gram.clone()
+        gram.diagonal().add_(added)
+        factors = storage(weight, gram)
+        return factors, self._mean_y - self._mean_x @ product(factors)
 
 
-def fit_original(moments: Moments) -> Fit:
+def fit_original(moments: Moments, storage: Storage = DENSE) -> Fit:
     """Least squares judged on the tokens that fitted it, as published."""
     weight, bias = solve_minimum_norm(moments)
-    return Fit(weight, bias, moments.r2(weight, bias), None, None)
+    factors = storage(weight, moments.centred()[0])
+    stored = product(factors)
+    if stored is not weight:
+        mean_x, mean_y = moments.means()
+        bias = mean_y - mean_x @ stored
+    return Fit(factors, bias, moments.r2(stored, bias), None, None)
 
 
-def fit_held_out(train: Moments, held_out: Moments) -> Fit:
+def fit_held_out(train: Moments, held_out: Moments, storage: Storage = DENSE) -> Fit:
     """Ridge regression whose strength is the best on held-out tokens, refitted on all of them.
 
-    `r2_held_out` is that of the fit that never saw the held-out tokens.
+    `r2_held_out` is that of the fit that never saw the held-out tokens. Both it and the choice of
+    the ridge look at the weight as `storage` will keep it.
     """
     path = _RidgePath(train)
-    candidates = [(held_out.residual(*path.solve(ridge)), ridge) for ridge in RIDGES]
-    _, ridge = min(candidates)
-    r2_held_out = held_out.r2(*path.solve(ridge))
+    candidates = []
+    for ridge in RIDGES:
+        factors, bias = path.solve(ridge, storage)
+        candidates.append((held_out.residual(product(factors), bias), ridge))
+    least, ridge = min(candidates)
+    total = held_out.total()
+    r2_held_out = 1.0 - least / total if total > 0.0 else 0.0
     everything = train + held_out
-    weight, bias = _RidgePath(everything).solve(ridge)
-    return Fit(weight, bias, everything.r2(weight, bias), r2_held_out, ridge)
+    factors, bias = _RidgePath(everything).solve(ridge, storage)
+    return Fit(factors, bias, everything.r2(product(factors), bias), r2_held_out, ridge)

@@ -53,7 +53,7 @@ def layer_rows(gm: GraphModule, tower: str) -> list[dict[str, Any]]:
 
 
 def block_rows(gm: GraphModule, tower: str) -> list[dict[str, Any]]:
-    """One row per transformer block."""
+    """One row per transformer block; what its compensation stores, and its MACs per token."""
     info = graph_info(gm)
     rows = []
     for block in info.blocks:
@@ -66,6 +66,7 @@ def block_rows(gm: GraphModule, tower: str) -> list[dict[str, Any]]:
                 "r2_held_out": found.get("r2_held_out"),
                 "applied": bool(found.get("applied", False)),
                 "parameters": int(found.get("parameters", 0)),
+                "macs": int(found.get("macs", 0)),
             }
         )
     return rows

@@ -36,6 +36,16 @@ def bits(text: str) -> int:
     return value
 
 
+def compensation(text: str) -> str:
+    """A kind of compensation, or auto."""
+    try:
+        quant.check_compensation(text)
+    except ConfigError as error:
+        message = str(error).removeprefix("compensation: ")  # argparse names the flag
+        raise argparse.ArgumentTypeError(message) from None
+    return text
+
+
 def override(text: str) -> tuple[str, str]:
     """`GLOB=wNaM` or `GLOB=skip`."""
     glob, equals, value = text.rpartition("=")
@@ -87,7 +97,13 @@ def add_quant(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--aq_params", "--a-bits", dest="a_bits", type=bits, default=8, metavar="N")
     group.add_argument("--recipe", choices=quant.RECIPES, default="best")
     group.add_argument("--compat", choices=quant.COMPATS, default="none")
-    group.add_argument("--compensation", choices=quant.COMPENSATIONS, default="auto")
+    group.add_argument(
+        "--compensation",
+        type=compensation,
+        default="auto",
+        metavar="KIND",
+        help="auto (the recipe's own, default), none, qwt, affine, lowrank:R or int8",
+    )
     group.add_argument(
         "--qwerty",
         "--qwt",

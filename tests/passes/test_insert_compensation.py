@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from small_clip import small_model
 from toys import WIDTH, Tower, randomize, tokens
 
 import qwt_fx
@@ -93,6 +96,92 @@ def test_block_error_falls_and_second_run_is_unmodified() -> None:
     assert {s.reason for s in again.skips} == {"compensated already"}
 
 
+class SequenceFirst(torch.nn.Module):
+    """A tower whose blocks pass (length, batch, width) on, as older transformers do."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        self.norm_pre = tower.norm_pre
+        self.blocks = torch.nn.ModuleList(_Turned(b) for b in tower.blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm_pre(x).transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return x.transpose(0, 1)
+
+
+class _Turned(torch.nn.Module):
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_whole_samples_are_held_out_whatever_the_layout() -> None:
+    batches = _batches()
+    found = []
+    for turn in (False, True):
+        tower = randomize(Tower(1))
+        reference = qwt_fx.capture(SequenceFirst(tower) if turn else tower, (batches[0],))
+        q = observe(qwt_fx.prepare(reference, CONFIG), batches)
+        InsertCompensation(reference, batches)(q)
+        (record,) = graph_info(q).compensations.values()
+        found.append(record)
+    plain, turned = found
+    assert turned["r2_held_out"] == pytest.approx(plain["r2_held_out"], abs=1e-5)
+    assert turned["r2"] == pytest.approx(plain["r2"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwt", "int8", "affine"])
+def test_no_block_is_fitted_on_positions_behind_the_end_of_a_text(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    end = 49407  # the largest id ends a text, wherever it stands
+    texts = torch.randint(1, 1000, (96, 12), generator=generator)
+    ends = torch.randint(3, 9, (96,), generator=generator)
+    texts[torch.arange(96), ends] = end
+    behind = torch.arange(12) > ends[:, None]
+    other = torch.where(behind, torch.randint(1, 1000, texts.shape, generator=generator), texts)
+    model = Text(small_model())
+    reference = qwt_fx.capture(model, (texts[:2],))
+    q = observe(qwt_fx.prepare(reference, CONFIG), [texts])
+    records = []
+    for batch in (texts, other):
+        copied = copy.deepcopy(q)
+        InsertCompensation(reference, [batch], kind=kind)(copied)
+        records.append(list(graph_info(copied).compensations.values()))
+    assert any(r["applied"] for r in records[0][:-1]), "no block's input was renamed"
+    for ours, theirs in zip(*records, strict=True):
+        assert ours["r2"] == pytest.approx(theirs["r2"], abs=1e-4)
+        assert ours["r2_held_out"] == pytest.approx(theirs["r2_held_out"], abs=1e-4)
+
+
+class Text(torch.nn.Module):
+    """The text tower of a CLIP."""
+
+    def __init__(self, clip: torch.nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, text: torch.Tensor) -> torch.Tensor:
+        return self.clip.encode_text(text)
+
+
+def test_aiming_at_the_floating_point_path_repairs_errors_from_before_the_block() -> None:
+    batches = _batches()
+    fresh = tokens(64, 6, seed=99)
+    left = {}
+    for target in ("local", "fp"):
+        reference, q = _quantized(batches)
+        InsertCompensation(reference, batches, target=target)(q)
+        left[target] = float((q(fresh) - reference(fresh)).detach().norm())
+        records = graph_info(q).compensations.values()
+        assert {(r["target"], r["applied"]) for r in records} == {(target, True)}
+    assert left["fp"] < left["local"]
+
+
 def test_noise_is_rejected_on_held_out_samples() -> None:
     batches = [tokens(3, 2, seed=i) for i in range(2)]  # 12 tokens for 16 channels
     reference, q = _quantized(batches)
@@ -121,8 +210,14 @@ def test_one_sample_cannot_be_held_out() -> None:
 def test_bad_arguments_are_refused() -> None:
     batches = _batches(1)
     reference, q = _quantized(batches)
-    with pytest.raises(ConfigError, match="wanted 'qwt'"):
+    with pytest.raises(
+        ConfigError, match="got 'magic', wanted one of none, qwt, affine, lowrank:R"
+    ):
         InsertCompensation(reference, batches, kind="magic")
+    with pytest.raises(ConfigError, match="leave the pass out instead"):
+        InsertCompensation(reference, batches, kind="none")
+    with pytest.raises(ConfigError, match="got 'far', wanted one of local, fp"):
+        InsertCompensation(reference, batches, target="far")
     with pytest.raises(DataError, match="got a generator"):
         InsertCompensation(reference, (b for b in batches))
     other = qwt_fx.capture(randomize(Tower(1)), (batches[0],))
