@@ -84,5 +84,6 @@ def _replace(gm: GraphModule, node: Node, source: Node, table: Tensor) -> None:
         if table.dtype is not torch.float32:
             new = call(aten.to.dtype, (new, table.dtype))
     new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+    new.meta["replaces"] = node.name  # a walk beside the floating-point graph looks for it
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

@@ -113,6 +113,8 @@ def calibrate(
     if not fake_quant_nodes(prepared):
         return prepared
     floating = _floating_twin(prepared)
+    if recipe.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
+        QuantizeEmbeddings()(prepared)
     if recipe.layers is None:
         with _timed(seconds, "calibrate"):
             observe(prepared, listed)
@@ -157,8 +159,6 @@ def convert(prepared: GraphModule) -> GraphModule:
     """
     converted = copy.deepcopy(prepared)
     ConvertToIntegers()(converted)
-    if recipe_for(config_of(prepared)).embedding_bits == 8:
-        QuantizeEmbeddings()(converted)
     return converted
 
 

@@ -52,8 +52,8 @@ class Lockstep:
         self._floating.advance(self.twin(source))
 
     def twin(self, node: Node) -> Node:
-        """The floating-point graph's node of the same name."""
-        return find_node(self.reference, node.name)
+        """The floating-point graph's node of the same name, or of the name of what it replaced."""
+        return find_node(self.reference, str(node.meta.get("replaces", node.name)))
 
     def values(self, node: Node) -> list[Tensor]:
         """The quantized path's value of each batch, (samples, ...)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from qwt_fx.graph import SHAPE_ONLY
 
@@ -26,6 +27,7 @@ MOVES = SHAPE_ONLY | {
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 SAME_IDS = VIEWS | {aten.reshape.default, aten.to.dtype, aten.clone.default}
 # What these return depends on the shape of their tensor argument alone.
+FOLLOWERS = frozenset({aten.eq.Scalar, aten.reshape.default, aten.logical_and.default})
 READ_SHAPE = frozenset(
     {
         aten.sym_size.int, aten.new_full.default, aten.new_zeros.default, aten.new_ones.default,
@@ -48,6 +50,21 @@ class Tokens:
     ids: Tensor
     columns: Tensor | None = None
     causal: bool = False
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Rows that matter, for the nodes asked about.
+
+    Attributes:
+        rows: node name -> bool (rows,), rows = all dimensions but the last, flattened.
+        positions: node name -> position of each row, (rows,) int.
+        reason: why no mask applies; `None` when it does.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    reason: str | None = None
 
 
 class NotProved(Exception):
@@ -80,3 +97,11 @@ def check_same_samples(queries: Tensor, keys: Tensor, length: int, where: str) -
     same_keys = bool((keys // length == samples).all())
     if not same_keys or not torch.equal(queries // length, samples.expand_as(queries)):
         raise NotProved(f"{where}: attention crosses samples")
+
+
+def follows_first(node: Node, source: Node, by_value: set[Node], by_first: set[Node]) -> bool:
+    """Whether only the id at position 0 of each sample decides the value: no later one does."""
+    if node.target is aten.select.int and node.args[0] is source:
+        return node.args[1:] == (1, 0)
+    reads = [n for n in node.all_input_nodes if n in by_value or n in by_first]
+    return node.target in FOLLOWERS and bool(reads) and by_first.issuperset(reads)

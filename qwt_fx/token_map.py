@@ -12,7 +12,6 @@ them matters. An op outside these classes ends the proof, and every position cou
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,28 +36,15 @@ from qwt_fx.token_ids import (
     SAME_IDS,
     VIEWS,
     NotProved,
+    TokenMask,
     Tokens,
     check_same_samples,
+    follows_first,
     is_causal_mask,
     row_ids,
 )
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class TokenMask:
-    """Rows that matter, for the nodes asked about.
-
-    Attributes:
-        rows: node name -> bool (rows,), rows = all dimensions but the last, flattened.
-        positions: node name -> position of each row, (rows,) int.
-        reason: why no mask applies; `None` when it does.
-    """
-
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    positions: dict[str, Tensor] = field(default_factory=dict)
-    reason: str | None = None
 
 
 def token_mask(gm: GraphModule, batch: Any, nodes: Iterable[Node]) -> TokenMask:
@@ -85,6 +71,7 @@ class _Tracer:
             raise NotProved("the input is not one tensor of token ids")
         self.source = integers[0]
         self.by_value = {self.source}  # nodes whose value, not only its shape, follows the ids
+        self.by_first: set[Node] = set()  # nodes whose value follows the id at position 0 alone
         self.batch, self.length = self.env[self.source].shape
         self.device = self.env[self.source].device
 
@@ -145,12 +132,25 @@ class _Tracer:
             return self._embedding(node)
         by_value = any(n in self.by_value for n in node.all_input_nodes)
         if not tokens:
-            if by_value and node.target not in READ_SHAPE:
+            if follows_first(node, self.source, self.by_value, self.by_first):
+                self.by_first.add(node)
+            elif by_value and node.target not in READ_SHAPE:
                 self.by_value.add(node)
             return self._run(node, node.target)
+        if any(n in self.by_first for n in node.all_input_nodes):
+            by_value = node.target is not aten.where.self
         if by_value and node.target is not aten.index.Tensor:
             raise NotProved(f"{node.name}: the ids' values act on activations beside the embedding")
         return self._token_op(node, tokens)
+
+    def _override(self, node: Node, tokens: Tokens) -> Tokens:
+        """A constant in the place of rows of position 0 depends on no later position."""
+        mask = self._value(node, 0)
+        rows = row_ids(tokens)
+        chosen = mask.squeeze(-1).broadcast_to(rows.shape)
+        if bool((rows[chosen] % self.length != 0).any()):
+            raise NotProved(f"{node.name}: replaces rows behind position 0")
+        return tokens
 
     def _is_source(self, node: Any) -> bool:
         """Whether the node is the input, cast or reshaped to the shape it has."""
@@ -196,7 +196,7 @@ class _Tracer:
         if target is aten.masked_fill.Scalar and tokens[0].columns is not None:
             return self._mask(tokens[0], ~self._value(node, 1).bool())
         if target is aten.where.self and len(tokens) == 1 and self._value(node, 2) is tokens[0]:
-            return tokens[0]  # a constant in the place of some rows depends on no position
+            return self._override(node, tokens[0])
         if target is aten.index.Tensor:
             return self._gather(node)
         raise NotProved(f"{node.name}: {target} is not known to keep positions apart")

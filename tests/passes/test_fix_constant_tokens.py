@@ -12,9 +12,10 @@ import qwt_fx
 from qwt_fx import api
 from qwt_fx.clip import TextTower
 from qwt_fx.config import QuantConfig
-from qwt_fx.graph import graph_info
+from qwt_fx.graph import find_node, graph_info
 from qwt_fx.measure import sqnr_db
 from qwt_fx.passes import FixConstantTokens
+from qwt_fx.token_map import token_mask
 
 START, END = 49406, 49407
 
@@ -93,3 +94,26 @@ def test_fixed_start_survives_saving_and_loading(tower: TextTower, tmp_path: Pat
     loaded = api.load(tmp_path / "a")
     assert torch.equal(loaded(x), q(x))
     assert graph_info(loaded).constant_token == START
+
+
+def test_positions_behind_the_end_are_still_proved_not_to_matter(tower: TextTower) -> None:
+    gm = qwt_fx.capture(tower, (_texts(),))
+    block = find_node(gm, graph_info(gm).blocks[1].input)
+    before = token_mask(gm, (_texts(),), [block])
+    FixConstantTokens([_texts()])(gm)
+    after = token_mask(gm, (_texts(),), [block])
+    assert after.reason is None
+    assert torch.equal(after.rows[block.name], before.rows[block.name])
+    assert not bool(after.rows[block.name].all())
+    assert after.positions[block.name].max() == 11
+
+
+def test_an_override_by_later_ids_ends_the_proof(tower: TextTower) -> None:
+    gm = qwt_fx.capture(tower, (_texts(),))
+    FixConstantTokens([_texts()])(gm)
+    (chosen,) = [
+        n for n in gm.graph.nodes if n.target is torch.ops.aten.select.int and n.args[1:] == (1, 0)
+    ]
+    chosen.args = (chosen.args[0], 1, 3)
+    gm.recompile()
+    assert "the ids' values act on activations" in str(token_mask(gm, (_texts(),), []).reason)
