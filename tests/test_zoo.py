@@ -81,7 +81,13 @@ def test_figures(entry: Entry) -> None:
     figures = _figures(entry)
     assert figures.blocks > 0
     assert figures.blocks_share > 0.03, "the blocks contribute nothing: the figures are vacuous"
-    assert figures.reparameterized > 0
+    # Each norm of swinv2 stands behind its branch, in front of the residual: none can be moved.
+    assert (figures.reparameterized > 0) == (entry.name != "timm swinv2")
+    if not figures.reparameterized:
+        assert set(figures.skipped) == {
+            "feeds aten.add, not a linear",
+            "feeds aten.mean, not a linear",
+        }
     assert figures.quantized >= 4 * figures.blocks
     assert figures.w8a8 >= 25.0
     assert figures.w4a4_qwt - figures.w4a4 >= -0.1
