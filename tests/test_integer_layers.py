@@ -27,6 +27,7 @@ def test_every_layer_of_a_tower_is_found_and_equals_its_integer_product(
     recipe: str, bits: int
 ) -> None:
     q, batch = _quantized(recipe=recipe, w_bits=bits, a_bits=bits)
+    q.requires_grad_(False)
     env: dict[torch.fx.Node, object] = {}
     for node in q.graph.nodes:
         if node.op == "placeholder":
