@@ -63,6 +63,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME|FILE.json", help="open_clip name or config JSON")
     group.add_argument("--pretrained", metavar="TAG|FILE", help="open_clip tag or checkpoint file")
+    group.add_argument(
+        "--allow-torchscript",
+        action="store_true",
+        help="run the code in a TorchScript checkpoint that cannot be read without it",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu or cuda[:N] (default auto)")
     group.add_argument(
         "--precision",
