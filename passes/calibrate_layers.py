@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.gram import LayerSums
 from qwt_fx.graph import layer_name
@@ -101,6 +102,11 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
 
 
 def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> FittedLayer:
+    if not all(part.finite for part in sums):
+        raise DataError(
+            f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of squares "
+            "overflow; check the weights and the calibration inputs"
+        )
     weight, bias = weight_and_bias(walk.gm, layer)
     module = weight_quantizer(walk.gm, layer)
     spec = None if module is None else module.spec

@@ -78,15 +78,19 @@ class _Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._pipe is not None:
-            if not select.select([self._stream], [], [], STALL_SECONDS)[0]:
-                raise TimeoutError(f"it has sent nothing for {STALL_SECONDS:g} seconds")
+        if self._pipe is not None and not _ready(self._stream):
+            raise TimeoutError(f"it has sent nothing for {STALL_SECONDS:g} seconds")
         data = self._stream.read(len(buffer))
         if not data and self._pipe is not None:
             _check_end(self._pipe)
         buffer[: len(data)] = data
         self._counts.bytes_read += len(data)
         return len(data)
+
+
+def _ready(stream: Any) -> bool:
+    """Whether there is something to read, the end included, before the time is over."""
+    return bool(select.select([stream], [], [], STALL_SECONDS)[0])
 
 
 def _check_end(pipe: Any) -> None:

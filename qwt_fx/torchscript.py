@@ -106,7 +106,7 @@ class _Unpickler(pickle.Unpickler):
         # Made anew for each archive: a pickle may set attributes of whatever it is given.
         self._known: dict[tuple[str, str], Callable[..., Any]] = {
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _tensor(*args),
-            ("collections", "OrderedDict"): lambda: {},
+            ("collections", "OrderedDict"): dict,
             ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
         }
         for kind in ("int", "double", "bool", "tensor"):
