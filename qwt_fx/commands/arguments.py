@@ -10,6 +10,7 @@ from qwt_fx.errors import ConfigError
 CHOICES = {"fp32_eval": "none", "image_only": "image", "all_quant": "both"}
 TOWER_SETS = {"none": (), "image": ("image",), "text": ("text",), "both": ("image", "text")}
 DEFAULT_SAMPLES = 512
+MAX_THREADS = 1024
 
 
 def positive(text: str) -> int:
@@ -17,6 +18,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at least 1")
+    return value
+
+
+def threads(text: str) -> int:
+    """A number of threads that a system can start."""
+    value = positive(text)
+    if value > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted at most {MAX_THREADS}")
     return value
 
 
@@ -136,7 +145,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """Flags of every command."""
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    parser.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
 
 
 def towers_of(args: argparse.Namespace) -> tuple[str, ...]:
