@@ -53,7 +53,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         begin = words.index(args.command) + 1
         args = parser.parse_args(words[:begin] + settings + words[begin:])
     for name, value in vars(args).items():
-        if value == [] and name != "override" or value == [[]]:
+        if (value == [] and name != "override") or value == [[]]:
             # argparse drops a value of "--" and leaves an empty list in its place.
             parser.error(f"argument --{name.replace('_', '-')}: got '--', wanted a value")
     return args

@@ -151,9 +151,7 @@ def test_no_image_and_a_bomb_are_skipped_and_said(
 
 
 def test_captions_of_every_script_and_length_reach_the_real_tokenizer(tmp_path: Path) -> None:
-    model = clip.load(
-        write_config(tmp_path / "m.json", small_config()), allow_random=True
-    )
+    model = clip.load(write_config(tmp_path / "m.json", small_config()), allow_random=True)
     captions = [
         "собака на траве", "一只猫", "كلب", "🐕‍🦺" * 50, "é" * 1000, "x" * 9_000, "a " * 100_000,
         "\u202e\u0000b", "\ufeffcat", "<start_of_text><end_of_text>",

@@ -31,6 +31,8 @@ CONFIGS = {
     },
     "log2": QuantConfig(attention="log2"),
 }
+
+
 def configs(*names: str) -> pytest.MarkDecorator:
     """Each test for these configurations; only the first of them in the fast tier."""
     return pytest.mark.parametrize(
@@ -140,9 +142,7 @@ ODD: dict[str, dict[str, Edit]] = {
 
 @EVERY
 @pytest.mark.parametrize("what", ODD)
-def test_odd_weights_give_a_close_model(
-    tower: GraphModule, config: QuantConfig, what: str
-) -> None:
+def test_odd_weights_give_a_close_model(tower: GraphModule, config: QuantConfig, what: str) -> None:
     exact, rounded = run(tower, config, ODD[what])
     assert bool(torch.isfinite(rounded).all())
     assert sqnr_db(exact, rounded) > 19.0
