@@ -1,8 +1,9 @@
 """Captures a model into a canonical ATen graph with a dynamic batch dimension.
 
 A text tower of which it is proved that nothing behind the end of a text matters gets a dynamic
-length as well (`qwt_fx.end_of_text`). `torch.export` does the capture; `qwt_fx.canonicalize` then removes what it adds for its own checks
-and what computes nothing, and leaves no literal device in the graph.
+length as well (`qwt_fx.end_of_text`). `torch.export` does the capture; `qwt_fx.canonicalize`
+then removes what it adds for its own checks and what computes nothing, and leaves no literal device
+in the graph.
 """
 
 from __future__ import annotations
@@ -200,7 +201,11 @@ def _captured(program: ExportedProgram, full: Tensor | None = None) -> GraphModu
 
 
 def _of_any_length(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], strict: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    strict: bool,
 ) -> GraphModule:
     """Capture with a dynamic length. Raises where it fails, or where nothing proves its use."""
 

@@ -78,9 +78,11 @@ class _EndTracer(TokenTracer):
 
 
 def _probe(gm: GraphModule, ids: Tensor) -> Tensor:
-    """Texts (4, context) that end at different positions: the example's ids shuffled, and random ones."""
+    """Texts (4, context) that end in different places: the example's ids shuffled, and random ones."""
     generator = torch.Generator().manual_seed(0)
-    tables = [tensor_of(gm, n.args[0]) for n in gm.graph.nodes if is_call(n, {aten.embedding.default})]
+    tables = [
+        tensor_of(gm, n.args[0]) for n in gm.graph.nodes if is_call(n, {aten.embedding.default})
+    ]
     vocabulary = min((len(t) for t in tables if t is not None), default=0)
     if vocabulary == 0:
         raise NotProved("the ids are not looked up in a table")
@@ -88,7 +90,16 @@ def _probe(gm: GraphModule, ids: Tensor) -> Tensor:
     order = torch.stack([torch.randperm(length, generator=generator) for _ in range(2)])
     shuffled = ids[[0, -1]].cpu().gather(1, order)
     random = torch.randint(0, vocabulary, (2, length), generator=generator, dtype=ids.dtype)
-    return torch.cat([shuffled, random.to(ids.dtype)]).to(ids.device)
+    for token in _compared(gm, vocabulary):  # an end token that the example may lack
+        places = torch.randint(0, length, (2, 1), generator=generator)
+        random.scatter_(1, places, token)
+    return torch.cat([shuffled, random]).to(ids.device)
+
+
+def _compared(gm: GraphModule, vocabulary: int) -> list[int]:
+    """The token ids that the graph compares anything with."""
+    tokens: list[Any] = [n.args[1] for n in gm.graph.nodes if is_call(n, {aten.eq.Scalar})]
+    return [t for t in tokens if isinstance(t, int) and 0 <= t < vocabulary]
 
 
 def _try_out(gm: GraphModule, model: Callable[..., Any], probe: Tensor, end: Node) -> None:
