@@ -20,7 +20,7 @@ from torch import Tensor
 from qwt_fx.backends.int8_arguments import Epilogue
 
 # The interpreter cannot time configurations; it runs the plain kernel with these sizes.
-INTERPRETED_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2}
+INTERPRETED_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP_M": 2}
 
 
 @triton.jit
