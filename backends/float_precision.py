@@ -107,8 +107,8 @@ def _replace_dtype(node: Node, dtype: torch.dtype) -> None:
 def _cast_outputs(gm: GraphModule, output: Node) -> None:
     for node in output.all_input_nodes:
         value = node.meta.get("val")
-        known = isinstance(value, Tensor)
-        if node.op == "placeholder" or (known and not value.is_floating_point()):
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if node.op == "placeholder" or whole:
             continue
         with gm.graph.inserting_before(output):
             wide = gm.graph.call_function(aten.to.dtype, (node, torch.float32))

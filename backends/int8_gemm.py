@@ -76,7 +76,7 @@ def int8_linear(
     return result.reshape(*lead, weight.shape[0])
 
 
-@int8_linear.register_fake
+@int8_linear.register_fake  # type: ignore[untyped-decorator]
 def _(codes: Tensor, weight: Tensor, *others: Any) -> Tensor:
     dtype = others[5]
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype)

@@ -194,11 +194,11 @@ class Int8Lowering:
         }
         nodes = [add_tensor(self.gm, f"{base}_{name}", value) for name, value in constants.items()]
         bias = layers[0].bias if len(layers) == 1 else self._stacked_bias(layers)
-        zero_point = weight.zero_point
-        if zero_point is not None:
-            zero_point = add_tensor(self.gm, f"{base}_weight_shift", zero_point)
+        shift = None
+        if weight.zero_point is not None:
+            shift = add_tensor(self.gm, f"{base}_weight_shift", weight.zero_point)
         node = self._call(
-            INT8_LINEAR, codes, *nodes, bias, found.token_scale, zero_point,
+            INT8_LINEAR, codes, *nodes, bias, found.token_scale, shift,
             dtype, activation, None, 0, -128, 127, self._gemm(weight),
         )  # fmt: skip
         node.meta[LAYERS] = [layer.name for layer in layers]

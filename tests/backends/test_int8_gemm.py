@@ -47,8 +47,14 @@ def _exact(
     return y + (0.0 if bias is None else bias.double())
 
 
-def _call(operands: list[Any], *, activation: str = "none", gemm: str = "triton",
-          dtype: torch.dtype = torch.float32, quantizer: Any = (None, 0, -128, 127)) -> Tensor:  # fmt: skip
+def _call(
+    operands: list[Any],
+    *,
+    activation: str = "none",
+    gemm: str = "triton",
+    dtype: torch.dtype = torch.float32,
+    quantizer: Any = (None, 0, -128, 127),
+) -> Tensor:
     result: Tensor = INT8_LINEAR(*operands, dtype, activation, *quantizer, gemm)
     return result
 
