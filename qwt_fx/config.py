@@ -22,6 +22,7 @@ ROUNDINGS = ("auto", "nearest", "gptq")
 AUTO = "auto"
 SWITCHES = (
     "fold_values",
+    "input_scales",
     "refit",
     "bias_correction",
     "symmetric_weights",
@@ -139,6 +140,8 @@ class QuantConfig:
         reparameterization: how much of a norm's channel differences moves into the weights: a
             number in [0, 1], 1 being RepQ-ViT's own, or "search".
         fold_values: move the scales of attention's output into the rows of the values.
+        input_scales: where nothing upstream can take the differences between channels, multiply a
+            layer's input by a constant per channel, if it is worth it.
         refit: refit each weight on its quantized input.
         target: what refit and compensation aim at: "local", the float layer or block on the
             quantized path's input (as published), or "fp", the floating-point path's.
@@ -163,6 +166,7 @@ class QuantConfig:
     ranges: str = AUTO
     reparameterization: str | float = AUTO
     fold_values: bool | str = AUTO
+    input_scales: bool | str = AUTO
     refit: bool | str = AUTO
     target: str = AUTO
     rounding: str = AUTO
