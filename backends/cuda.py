@@ -30,6 +30,7 @@ from qwt_fx.graph import compute_nodes, is_call, layer_name, tensor_of
 from qwt_fx.integer_layers import FloatLayer, IntegerLayer, layers_to_lower
 from qwt_fx.kernel_audit import LayerKernel
 from qwt_fx.pass_base import clean_up
+from qwt_fx.trim import uncut
 
 aten = torch.ops.aten
 _REASON = "float_reason"  # meta of a product left in floating point
@@ -144,7 +145,7 @@ def _skip_casts(gm: GraphModule) -> list[_Cast]:
 
 
 def _is_dequantized(gm: GraphModule, node: Any) -> bool:
-    if is_call(node, {aten.mul.Tensor}) and tensor_of(gm, node.args[1]) is not None:
+    if is_call(node, {aten.mul.Tensor}) and tensor_of(gm, uncut(node.args[1])) is not None:
         node = node.args[0]
     return is_call(node, _DEQUANTIZE)
 

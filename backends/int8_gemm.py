@@ -53,7 +53,7 @@ def int8_linear(
         scale: (out,) float32, the activation's scale times the weight's.
         offset: (out,) int32.
         bias: (out,) floating point.
-        row_scale: float32 that broadcasts to (..., 1).
+        row_scale: floating point, powers of two, that broadcasts to (..., 1).
         weight_zero_point: (out,) int32.
         dtype: of the result; int8 with `out_scale`.
         activation: one of `ACTIVATIONS`, computed in float32.

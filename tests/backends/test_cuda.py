@@ -23,6 +23,7 @@ from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.measure import sqnr_db
 from qwt_fx.norms import fake_quant_of
 from qwt_fx.observe import fake_quant_nodes
+from qwt_fx.trim import trim
 
 TOWERS = ("image", "text")
 PARITY_DB = 40.0
@@ -257,6 +258,28 @@ def test_the_lowered_graph_compiles_exports_and_copies(tower: str) -> None:
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
         exported = torch.export.export(lowered, (x,)).module()
         torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_trimmed_texts_with_positions_of_their_own_scale(precision: str) -> None:
+    prepared = qwt_fx.prepare(_captured("text"), QuantConfig(recipe="repq-vit"))
+    x = _inputs("text")
+    qwt_fx.calibrate(prepared, [x])
+    changed = 0
+    for node in fake_quant_nodes(prepared):
+        if node.args[0].target is torch.ops.aten.layer_norm.default:  # (n, length, channels)
+            scales = 2.0 ** torch.tensor([2, -1, 0, 1] * 3)
+            fake_quant_of(prepared, node).token_scale = scales[:, None]
+            changed += 1
+    assert changed
+    q = qwt_fx.convert(prepared)
+    lowered = qwt_fx.lower(q, "cuda", precision=precision)
+    assert sum(n.args[5] is not None for n in _calls(lowered)) >= changed
+    short = trim(lowered, x[:3])
+    assert short.shape[1] < x.shape[1]
+    assert _parity(q, lowered, short) > (PARITY_DB if precision == "fp32" else 36.0)
+    with torch.no_grad():
+        assert sqnr_db(lowered(x[:3]), lowered(short)) > 30.0
 
 
 def test_log2_attention_stays_in_floating_point() -> None:
