@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 import qwt_fx
 from qwt_fx import QuantConfig
-from qwt_fx.packing import pack, unpack
 from qwt_fx.qparams import QuantSpec, fake_quantize_affine, qparams_from_range
 from qwt_fx.regression import Moments, fit_held_out
 from qwt_fx.stored_weight import Dense, Int8, LowRank
@@ -80,16 +79,6 @@ def test_what_is_said_about_held_out_tokens_is_true(
         left = wanted.double() - judge.double() @ weight - (mean_y - mean_x @ weight)
         total = (wanted.double() - wanted.double().mean(0)).square().sum()
         assert float(1.0 - left.square().sum() / total) == pytest.approx(fit.r2_held_out, abs=1e-3)
-
-
-@settings(max_examples=200, deadline=None)
-@given(SEEDS, st.integers(2, 8), st.integers(1, 40), st.integers(1, 5))
-def test_packed_codes_come_back(seed: int, bits: int, columns: int, rows: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert torch.equal(unpack(packed, bits, tuple(codes.shape)), codes)
-    assert packed.numel() <= -(-codes.numel() * bits // 8) + rows
 
 
 @pytest.mark.parametrize("recipe", ["best", pytest.param("repq-vit", marks=pytest.mark.slow)])
