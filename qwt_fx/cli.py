@@ -52,11 +52,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
         settings = config_arguments(args.parser, Path(args.config))
         begin = words.index(args.command) + 1
         args = parser.parse_args(words[:begin] + settings + words[begin:])
-    for name, value in vars(args).items():
-        if (value == [] and name != "override") or value == [[]]:
-            # argparse drops a value of "--" and leaves an empty list in its place.
-            parser.error(f"argument --{name.replace('_', '-')}: got '--', wanted a value")
+    _refuse_dashes(parser, args)
     return args
+
+
+def _refuse_dashes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """argparse drops a value of "--" and leaves an empty list in its place."""
+    for name, value in vars(args).items():
+        repeated = isinstance(value, list) and args.parser.get_default(name) == []
+        if (value == [] and not repeated) or (repeated and [] in value):
+            parser.error(f"argument --{name.replace('_', '-')}: got '--', wanted a value")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -106,7 +106,7 @@ def _check_end(pipe: Any) -> None:
 def _close(source: Any) -> None:
     """Close a source; a command that still runs, as after an error or a signal, is ended."""
     if isinstance(source, Pipe) and source.proc.poll() is None:
-        source.proc.kill()  # type: ignore[no-untyped-call]
+        source.proc.kill()
     with contextlib.suppress(OSError):  # reported before where it matters
         source.close()
 
