@@ -7,8 +7,8 @@ MIN := .venv-min
 RUN := env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV
 FAST := -m "not slow and not gpu"
 FULL_LOG := benchmarks/results/test-full.log
-FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,artifact graph_json checkpoints output \
-  shards tar_shard stream_shard shard_index decoding captions data classes))
+FAULTS := $(addprefix tests/test_,$(addsuffix .py,artifact graph_json checkpoints output shards \
+  tar_shard stream_shard shard_index decoding captions data classes))
 
 .PHONY: demo test faults check lint types layering test-full test-min bench environment clean
 .NOTPARALLEL:
@@ -23,7 +23,11 @@ test: check
 # What could go wrong, every tier (docs/reliability.md).
 faults: environment
 	@echo "== tests: faults"
-	@$(RUN) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu" --durations=10 $(FAULTS)
+	@mkdir -p build
+	@export OMP_NUM_THREADS=1; \
+	$(RUN) $(VENV)/bin/python -m pytest -m "not gpu" $(FAULTS) > build/faults.log 2>&1 & \
+	$(RUN) $(VENV)/bin/python -m pytest -m "not gpu" --durations=10 tests/faults; first=$$?; \
+	wait $$!; second=$$?; cat build/faults.log; [ $$first = 0 ] && [ $$second = 0 ]
 
 check: lint types layering
 

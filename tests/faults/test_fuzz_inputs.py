@@ -52,7 +52,7 @@ QUIET = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-FAST, SLOW = settings(QUIET, max_examples=150), settings(QUIET, max_examples=3000)
+FAST, SLOW = settings(QUIET, max_examples=150), settings(QUIET, max_examples=1500)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def test_arguments(words: list[str]) -> None:
 @pytest.mark.slow
 @SLOW
 @given(LINES)
-def test_arguments_3000(words: list[str]) -> None:
+def test_arguments_1500(words: list[str]) -> None:
     check_line(words)
 
 
@@ -150,7 +150,7 @@ def test_config_files(data: bytes) -> None:
 @pytest.mark.slow
 @SLOW
 @given(documents())
-def test_config_files_3000(data: bytes) -> None:
+def test_config_files_1500(data: bytes) -> None:
     check_config(data)
 
 
@@ -184,7 +184,7 @@ def test_class_names(names: bytes, templates: bytes) -> None:
 @pytest.mark.slow
 @SLOW
 @given(NAMES, NAMES.map(lambda b: b"a {}\n" + b) | NAMES)
-def test_class_names_3000(names: bytes, templates: bytes) -> None:
+def test_class_names_1500(names: bytes, templates: bytes) -> None:
     check_names(names, templates)
 
 
