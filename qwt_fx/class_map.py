@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from qwt_fx.errors import DataError, MissingExtraError
+from qwt_fx.errors import DataError
 
 Path = str | os.PathLike[str]
 
@@ -37,13 +37,8 @@ def imagenet_part(folders: Sequence[str]) -> tuple[int, ...] | None:
     """
     if not all(WORDNET_ID.fullmatch(folder) for folder in folders):
         return None
-    try:
-        from timm.data import ImageNetInfo
-    except ImportError as error:
-        raise MissingExtraError(
-            "class folders named by WordNet id need timm's list of them: pip install timm; "
-            "or give --classnames"
-        ) from error
+    from timm.data import ImageNetInfo
+
     index = {str(name): k for k, name in enumerate(ImageNetInfo().label_names())}
     if not all(folder in index for folder in folders):
         return None

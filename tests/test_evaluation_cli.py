@@ -19,6 +19,7 @@ from small_clip import small_model, write_config
 
 import qwt_fx
 from qwt_fx.cli import main
+from qwt_fx.feature_store import Series
 from qwt_fx.report import empty_report
 from qwt_fx.retrieval import RECALLS
 
@@ -67,6 +68,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole(files: Path) -> Path:
+    """The report of an evaluation that was not interrupted."""
+    target = files / "whole.json"
+    assert main(evaluate(files, target)) == 0
+    return target
+
+
 def model(files: Path) -> list[str]:
     return ["--model", str(files / "model.json"), "--pretrained", str(files / "model.safetensors")]
 
@@ -111,8 +120,9 @@ def keys(value: Any) -> Any:
 def test_the_report_has_every_key_and_the_table_the_recalls(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(evaluate(files, tmp_path / "r.json")) == 0
-    report, shown = read(tmp_path / "r.json"), capsys.readouterr().out
+    target = tmp_path / "deep" / "r.json"
+    assert main(evaluate(files, target)) == 0
+    report, shown = read(target), capsys.readouterr().out
     made = read(files / "artifact" / "report.json")
     for metrics in (report["metrics"], made["metrics"]):
         assert keys(metrics) == keys(empty_report()["metrics"])
@@ -128,7 +138,7 @@ def test_the_report_has_every_key_and_the_table_the_recalls(
             assert report["metrics"][side][key] == made["metrics"][side][key]
     assert report["metrics"]["fp32"]["n"] == 15
     assert set(report["run"]) == {"digest", "settings"}
-    assert not (tmp_path / "r.json.partial").exists()
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_only_retrieval_leaves_the_accuracies_null(files: Path, tmp_path: Path) -> None:
@@ -297,34 +307,65 @@ def figures(path: Path) -> dict[str, Any]:
     return {key: report[key] for key in ("metrics", "layers", "blocks", "size", "calibration")}
 
 
-@pytest.mark.parametrize("batches", [1, 8])  # in FP32's images, in the pairs
-def test_a_killed_eval_goes_on_and_gives_the_same_report(
-    files: Path, tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, target = tmp_path / "whole.json", tmp_path / "r.json"
-    assert main(evaluate(files, whole)) == 0
-    kill_after(batches, evaluate(files, target))
-    assert not target.exists()
-    kept = len(list((tmp_path / "r.json.partial").glob("*.safetensors")))
-    assert kept == batches
-    from qwt_fx.feature_store import Series
+class Stop(BaseException):
+    """Ends the program between two batches."""
 
+
+def watched(monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> list[int]:
+    """Counts the batches that are written from now on; the one after `stop` ends the program."""
     made: list[int] = []
     append = Series.append
-    monkeypatch.setattr(
-        Series, "append", lambda self, t: (made.append(self.kept), append(self, t))[1]
-    )
+
+    def counted(self: Series, tensors: dict[str, torch.Tensor]) -> None:
+        if self.kept:
+            if len(made) == stop:
+                raise Stop
+            made.append(1)
+        append(self, tensors)
+
+    monkeypatch.setattr(Series, "append", counted)
+    return made
+
+
+# Two batches of images and one of prompts for each model, then five of pairs.
+@pytest.mark.parametrize("batches", [1, 4, 8])
+def test_an_interrupted_eval_goes_on_and_gives_the_same_report(
+    files: Path, whole: Path, tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "r.json"
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        watched(patch, stop=batches)
+        main(evaluate(files, target))
+    assert not target.exists()
+    assert len(list((tmp_path / "r.json.partial").glob("*.safetensors"))) == batches
+    made = watched(monkeypatch)
     assert main(evaluate(files, target, "--resume")) == 0
-    assert sum(made) == 2 + 1 + 2 + 1 + 5 - batches
+    assert len(made) == 2 + 1 + 2 + 1 + 5 - batches
     assert figures(target) == figures(whole)
     assert not (tmp_path / "r.json.partial").exists()
 
 
-def test_resume_refuses_other_settings(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_killed_eval_goes_on_and_gives_the_same_report(
+    files: Path, whole: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "r.json"
-    kill_after(2, evaluate(files, target))
+    kill_after(3, evaluate(files, target))
+    assert not target.exists()
+    assert len(list((tmp_path / "r.json.partial").glob("*.safetensors"))) == 3
+    assert main(evaluate(files, target, "--resume")) == 0
+    assert figures(target) == figures(whole)
+
+
+def test_resume_refuses_other_settings(
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = tmp_path / "r.json"
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        watched(patch, stop=1)
+        main(evaluate(files, target))
     assert main(evaluate(files, target, "--resume", "--batch-size", "5")) == 2
     message = capsys.readouterr().err
     assert "batch_size is 5" in message
