@@ -4,7 +4,7 @@ The pairs are the shipped validation images, one of each of the 1,600 classes, w
 no calibration or training image; each has one caption a template of the evaluation ("a {}.",
 "a photo of a {}."). No two images share a caption, so "its own image" is all that matches one.
 
-usage: python benchmarks/retrieval.py [--bits 8 4] [--seed 1]
+usage: python benchmarks/retrieval.py [--bits 4 8] [--seed 1]
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def row(method: str, bits: str, side: str, found: dict[str, Any]) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--variant", default="hard")
     parser.add_argument("--threads", type=int, default=2)

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -80,10 +81,26 @@ class Series:
 
 
 class FeatureStore:
-    """The series of one evaluation; see the module. `folder` is `None` for memory only."""
+    """The series of one evaluation; see the module. `folder` is `None` for memory only.
+
+    In a `with` block the folder goes when the block succeeds, and stays for `--resume` when it
+    fails and there are batches.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
+
+    def __enter__(self) -> FeatureStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or self.folder is None or not any(self.folder.glob("*.safetensors")):
+            self.remove()
 
     @classmethod
     def open(cls, folder: Path, run: Mapping[str, Any], *, resume: bool) -> FeatureStore:

@@ -234,6 +234,7 @@ def test_bad_flags_are_one_clear_line(
 ) -> None:  # fmt: skip
     assert main(evaluate(files, tmp_path / "r.json", *extra)) == 2
     assert expected in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -383,3 +384,24 @@ def test_a_killed_quantize_goes_on_with_its_evaluation(files: Path, tmp_path: Pa
     assert {p.name for p in output.iterdir()} == {p.name for p in (files / "artifact").iterdir()}
     for path in (files / "artifact").glob("*.safetensors"):
         assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_numbered_folders_count_as_the_classes_they_name(files: Path, tmp_path: Path) -> None:
+    names = [f"thing {i}" for i in range(11)]
+    for folder, number in (("cat", "2"), ("dog", "10")):
+        shutil.copytree(files / "val" / folder, tmp_path / "numbered" / number)
+        shutil.copytree(files / "val" / folder, tmp_path / "padded" / f"{int(number):02d}")
+    (tmp_path / "all.txt").write_text("\n".join(names))
+    (tmp_path / "two.txt").write_text(f"{names[2]}\n{names[10]}\n")
+    found = []
+    for data, extra in (
+        ("numbered", ["--classnames", str(tmp_path / "all.txt"), "--class-map", "index"]),
+        ("padded", ["--classnames", str(tmp_path / "two.txt")]),
+    ):
+        target = tmp_path / f"{data}.json"
+        words = ["eval", *model(files), "--imagenet-val", str(tmp_path / data), *extra]
+        assert main([*words, "--batch-size", "4", "--report", str(target)]) == 0
+        found.append(read(target)["metrics"]["fp32"])
+    # The images come in another order, which is no other result.
+    assert found[0] == found[1]
+    assert found[0]["n"] == 9

@@ -50,6 +50,21 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "s" / "notes.txt").read_text() == "keep"
 
 
+def test_a_failure_keeps_what_there_is_and_nothing_is_no_folder(tmp_path: Path) -> None:
+    for batches, kept in ((0, False), (1, True)):
+        with (
+            pytest.raises(ZeroDivisionError),
+            FeatureStore.open(tmp_path / "s", RUN, resume=False) as store,
+        ):
+            for _ in range(batches):
+                store.series("a").append({"x": torch.ones(1)})
+            raise ZeroDivisionError
+        assert (tmp_path / "s").exists() == kept
+    with FeatureStore.open(tmp_path / "s", RUN, resume=True) as store:
+        assert len(store.series("a")) == 1
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_damaged_batch_is_named(tmp_path: Path) -> None:
     store = FeatureStore.open(tmp_path / "s", RUN, resume=False)
     store.series("a").append({"x": torch.ones(1)})

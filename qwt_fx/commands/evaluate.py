@@ -16,8 +16,9 @@ from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 from qwt_fx.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, add_eval, add_model, natural, positive
 from qwt_fx.commands.inputs import device_of, load_model, open_evaluation, open_retrieval
+from qwt_fx.commands.partial_run import PartialRun
 from qwt_fx.commands.pipeline import TOWERS, Evaluation, metrics_of
-from qwt_fx.commands.results import finish, kept_report, require_data
+from qwt_fx.commands.results import finish, kept_report, require_data, require_target
 from qwt_fx.commands.retrieval import Retrieval, with_retrieval
 from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
@@ -64,10 +65,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.artifact is None and args.model is None:
         raise ConfigError("--artifact DIR or --model NAME is needed")
-    for flag in ("resume", "skip_existing"):
-        if getattr(args, flag) and args.report is None:
-            raise ConfigError(f"--{flag.replace('_', '-')} needs --report FILE")
     require_data(args)
+    require_target(args, args.report, "--report FILE")
     screen = Screen(args.quiet)
     identity = run_identity(args)
     target = None if args.report is None else Path(args.report)
@@ -77,10 +76,10 @@ def run(args: argparse.Namespace) -> None:
         if target is not None:
             folder = target.parent / (target.name + PARTIAL_SUFFIX)
             store = FeatureStore.open(folder, identity["settings"], resume=args.resume)
-        report = _evaluate(args, screen, store, identity)
-        if target is not None:
-            write_text_atomic(target, to_json(report))
-        store.remove()
+        with store:
+            report = _evaluate(args, screen, store, identity)
+            if target is not None:
+                write_text_atomic(target, to_json(report))
     finish(args, report, screen)
 
 
@@ -88,6 +87,7 @@ def run_floating(args: argparse.Namespace) -> None:
     """`quantize --choice fp32_eval`: the floating-point model alone; a report, no artifact."""
     args.artifact, args.backend = None, "eager"
     require_data(args)
+    require_target(args, args.output, "--output DIR")
     screen = Screen(args.quiet)
     identity = run_identity(args)
     target = None if args.output is None else Path(args.output) / REPORT
@@ -95,9 +95,11 @@ def run_floating(args: argparse.Namespace) -> None:
     if report is None and args.output is None:
         report = _evaluate(args, screen, FeatureStore(), identity)
     elif report is None:
-        with OutputDirectory(Path(args.output), force=args.force) as output:
-            report = _evaluate(args, screen, FeatureStore(), identity)
-            write_text_atomic(output.path / REPORT, to_json(report))
+        with OutputDirectory(Path(args.output), force=args.force, resume=args.resume) as output:
+            partial = PartialRun(output.path, identity, resume=args.resume)
+            with partial:
+                report = _evaluate(args, screen, partial.store, identity)
+                write_text_atomic(output.path / REPORT, to_json(report))
     finish(args, report, screen)
 
 

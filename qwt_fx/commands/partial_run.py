@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from qwt_fx.artifact import read_artifact
@@ -23,6 +24,8 @@ _EVALUATION = "evaluation"
 
 class PartialRun:
     """What an interrupted `quantize` left in its working folder, and what this one leaves.
+
+    After a `with` block that succeeds, nothing but the artifact and its report.
 
     Raises `OutputError` where `resume` finds a run of other settings or data.
 
@@ -52,7 +55,16 @@ class PartialRun:
         graphs = {name: graph.to(device) for name, graph in artifact.towers.items()}
         return QuantizedClip(graphs, towers, classifier)
 
-    def finish(self) -> None:
-        """Leave nothing but the artifact and its report."""
-        self.store.remove()
-        (self._folder / _STATE).unlink(missing_ok=True)
+    def __enter__(self) -> PartialRun:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or self.known is None:  # else its settings are still needed
+            self.store.__exit__(kind, error, trace)
+        if kind is None:
+            (self._folder / _STATE).unlink(missing_ok=True)

@@ -95,10 +95,10 @@ def run(args: argparse.Namespace) -> None:
         target = Path(args.output)
         with OutputDirectory(target, force=args.force, resume=args.resume) as output:
             partial = PartialRun(output.path, identity, resume=args.resume)
-            report = _quantize(args, config, towers, screen, output.path, partial)
-            report["run"] = identity
-            write_text_atomic(output.path / REPORT, to_json(report))
-            partial.finish()
+            with partial:
+                report = _quantize(args, config, towers, screen, output.path, partial)
+                report["run"] = identity
+                write_text_atomic(output.path / REPORT, to_json(report))
     finish(args, report, screen)
     _check_drop(args.max_drop, report)
 

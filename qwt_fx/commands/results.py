@@ -23,6 +23,13 @@ def require_data(args: argparse.Namespace) -> None:
         check_template(args.clip_benchmark_json)
 
 
+def require_target(args: argparse.Namespace, target: str | None, flag: str) -> None:
+    """Raise `ConfigError` for `--resume` or `--skip-existing` where nothing is written."""
+    for name in ("resume", "skip_existing"):
+        if getattr(args, name) and target is None:
+            raise ConfigError(f"--{name.replace('_', '-')} needs {flag}")
+
+
 def kept_report(
     args: argparse.Namespace, path: Path | None, identity: dict[str, Any], screen: Screen
 ) -> dict[str, Any] | None:
