@@ -24,6 +24,7 @@ from qwt_fx.metrics import (
     topk_correct,
     wilson_interval,
 )
+from qwt_fx.trim import trim
 
 Progress = Callable[[int, int], None]
 
@@ -123,11 +124,14 @@ def text_features(
     progress: Progress | None = None,
     series: Series | None = None,
 ) -> Tensor:
-    """Embeddings (p, e) of token ids (p, context), un-normalized; `series` as `image_features`."""
+    """Embeddings (p, e) of token ids (p, context), un-normalized; `series` as `image_features`.
+
+    A graph that may be given shorter ids gets each batch cut to its longest text (`qwt_fx.trim`).
+    """
     kept = Series(None, "texts") if series is None else series
     with torch.no_grad():
         for begin in range(len(kept) * batch_size, len(tokens), batch_size):
-            chunk = tokens[begin : begin + batch_size].to(device)
+            chunk = trim(tower, tokens[begin : begin + batch_size].to(device))
             kept.append({"features": finite_features(tower(chunk), "text")})
             if progress is not None:
                 progress(min(begin + batch_size, len(tokens)), len(tokens))
