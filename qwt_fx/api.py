@@ -193,9 +193,12 @@ def quantize(
     return convert(calibrate(prepared, batches, seconds=seconds, progress=progress))
 
 
-def lower(quantized: GraphModule, backend: str = "eager") -> GraphModule:
-    """Lower a converted graph to a backend. Raises `ConfigError` for an unknown one."""
-    return backend_for(backend).lower(quantized)
+def lower(quantized: GraphModule, backend: str = "eager", **options: Any) -> GraphModule:
+    """Lower a converted graph to a backend: "eager" or "cuda"; see docs/backends.md for options.
+
+    Raises `ConfigError` for an unknown backend or option.
+    """
+    return backend_for(backend, **options).lower(quantized)
 
 
 def simulate(calibrated: GraphModule, on: bool) -> GraphModule:

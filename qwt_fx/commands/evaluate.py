@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--artifact", metavar="DIR", help="what quantize wrote")
     add_model(parser)
     add_eval(parser)
-    parser.add_argument("--backend", default="eager", help="eager (default)")
+    parser.add_argument("--backend", default="eager", help="eager (default) or cuda")
     parser.add_argument("--report", metavar="FILE", help="write report.json here")
     parser.add_argument(
         "--resume",
