@@ -12,8 +12,10 @@ JOBS ?= 2
 PYTEST = env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV OMP_NUM_THREADS=1 \
   $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
 FULL_LOG := benchmarks/results/test-full.log
+FAULTS := tests/faults $(addprefix tests/test_,$(addsuffix .py,artifact graph_json checkpoints output \
+  shards tar_shard stream_shard shard_index decoding captions data classes))
 
-.PHONY: demo test check lint types layering test-full test-min bench environment clean
+.PHONY: demo test faults check lint types layering test-full test-min bench environment clean
 .NOTPARALLEL:
 
 demo: environment
@@ -22,6 +24,11 @@ demo: environment
 test: check
 	@echo "== tests: fast tier"
 	@$(call PYTEST,$(VENV)) $(FAST)
+
+# What could go wrong, every tier (docs/reliability.md).
+faults: environment
+	@echo "== tests: faults"
+	@$(RUN) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not gpu" --durations=10 $(FAULTS)
 
 check: lint types layering
 

@@ -26,7 +26,7 @@ from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import graph_info, set_graph_info
 from qwt_fx.measure import measure_layers
 from qwt_fx.norms import fake_quant_of
-from qwt_fx.observe import config_of, fake_quant_nodes, observe, set_mode
+from qwt_fx.observe import check_parameters, config_of, fake_quant_nodes, observe, set_mode
 from qwt_fx.pass_base import Pass, PassManager, clean_up
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
 from qwt_fx.passes.choose_softmax_quantizer import ChooseSoftmaxQuantizer
@@ -107,8 +107,10 @@ def calibrate(
             "reparameterize" and "compensate".
         progress: called as progress(phase, done, total).
 
-    Raises `DataError` for a generator, no batch, or values that are not finite.
+    Raises `DataError` for a generator, no batch, or values that are not finite, parameters included;
+    the message names the parameter or the layer.
     """
+    check_parameters(prepared)
     config = config_of(prepared)
     recipe = recipe_for(config)
     listed = check_batches(batches)

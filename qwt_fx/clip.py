@@ -110,6 +110,7 @@ def load(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     allow_random: bool = False,
+    allow_torchscript: bool = False,
 ) -> ClipModel:
     """Load a CLIP in evaluation mode.
 
@@ -124,6 +125,7 @@ def load(
         precision: "fp32", "bf16" or "fp16": what the towers compute in. Inputs and outputs are
             float32 all the same. An artifact keeps its own.
         allow_random: accept random weights where `pretrained` is None.
+        allow_torchscript: run the code of a TorchScript archive that cannot be read otherwise.
 
     Raises `ModelError` for a model or weights that are unknown, missing, damaged or do not match,
     `ConfigError` for an unknown precision, `ArtifactError` for a damaged artifact.
@@ -136,7 +138,7 @@ def load(
             raise ModelError(f"artifact {name} holds its weights: leave {pretrained!r} out")
         return from_artifact(read_artifact(Path(name)), device=device)
     source = find_source(name, pretrained, allow_random)
-    model = _open_clip_model(source)
+    model = _open_clip_model(source, allow_torchscript)
     visual: Any = model.visual
     size = getattr(visual, "image_size", None) or source.preprocess["size"]
     scale: Any = model.logit_scale
@@ -176,9 +178,11 @@ def load_clip_benchmark(
     return encoder, model.transform, model.tokenizer
 
 
-def _open_clip_model(source: ModelSource) -> nn.Module:
+def _open_clip_model(source: ModelSource, allow_torchscript: bool) -> nn.Module:
     """The open_clip model of a source, float32 on the CPU; sets `quick_gelu` in its config."""
-    checkpoint = None if source.weights is None else read_checkpoint(source.weights)
+    checkpoint = None
+    if source.weights is not None:
+        checkpoint = read_checkpoint(source.weights, allow_torchscript=allow_torchscript)
     if source.quick_gelu or (checkpoint is not None and checkpoint.openai):
         if not source.config.get("quick_gelu"):
             _log.warning(

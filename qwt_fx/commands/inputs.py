@@ -41,7 +41,13 @@ def load_model(args: argparse.Namespace) -> ClipModel:
     """The model of `--model` and `--pretrained`."""
     if args.model is None:
         raise ConfigError("--model is needed: an open_clip name or a config JSON")
-    return clip.load(args.model, args.pretrained, device=device_of(args), precision=args.precision)
+    return clip.load(
+        args.model,
+        args.pretrained,
+        device=device_of(args),
+        precision=args.precision,
+        allow_torchscript=args.allow_torchscript,
+    )
 
 
 def load_batches(
