@@ -10,6 +10,7 @@ usage: python benchmarks/accuracy.py [--models demo second] [--images 10000] [--
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "refit (W7)": ({"refit": True, "bias_correction": True}, {"refit": False}),
     "bias correction (W7)": ({"bias_correction": True}, {"bias_correction": False}),
     "value scales (W8)": ({"fold_values": True}, {"fold_values": False}),
+    "input scales": ({"input_scales": True}, {"input_scales": False}),
     "FP-path target (W3)": ({}, {"target": "local"}),
     "symmetric weights": ({"symmetric_weights": True}, {"symmetric_weights": False}),
 }
@@ -131,6 +133,14 @@ def row(name: str, bits: str, setting: str, runs: list[dict[str, Any]]) -> dict[
     }
 
 
+def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each recipe, bit setting and setting of towers."""
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        grouped.setdefault((run["row"], run["W/A"]), []).append(run)
+    return [row(n, b, s, r) for (n, b), r in grouped.items() for s in SETTINGS]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -147,6 +157,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="keep the rendered images there")
     parser.add_argument("--name", default="accuracy", help="results/NAME.json")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the runs that results/NAME.json has"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     jobs = [(n, MAIN[n], b, s) for s in args.seeds for b in args.bits for n in args.rows]
@@ -157,24 +170,29 @@ def main() -> None:
             for bits in args.ablation_bits
             for name, options in ablations().items()
         ]
-    document: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "work"} | {
-        "machine": machine(),
-        "models": {},
-    }
+    options_given = {k: v for k, v in vars(args).items() if k not in ("work", "resume")}
+    document: dict[str, Any] = options_given | {"machine": machine(), "models": {}}
+    path = RESULTS / f"{args.name}.json"
+    if args.resume and path.exists():
+        document["models"] = json.loads(path.read_text(encoding="utf-8"))["models"]
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
             second = model == "second"
             demo = open_demo(args.work or Path(folder), args.variant, args.images, second=second)
             fp32 = demo.evaluation.classify(demo.reference).acc1
-            runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+            entry = document["models"].setdefault(model, {"runs": []})
+            entry["fp32_acc1"] = fp32
             for name, options, bits, seed in jobs:
+                key = {"row": name, "W/A": bits, "seed": seed}
+                if any(key.items() <= run.items() for run in entry["runs"]):
+                    continue
                 begun = time.perf_counter()
-                runs.setdefault((name, bits), []).append(measure(demo, options, bits, seed))
+                entry["runs"].append(key | measure(demo, options, bits, seed))
                 took = time.perf_counter() - begun
                 print(f"{model} {name} {bits} seed {seed}: {took:.0f} s", file=sys.stderr)
-                rows = [row(n, b, s, r) for (n, b), r in runs.items() for s in SETTINGS]
-                document["models"][model] = {"fp32_acc1": fp32, "rows": rows}
                 write_results(args.name, document)  # what is done stays, should the rest not be
+            rows = entry["rows"] = table(entry["runs"])
+            write_results(args.name, document)
             print(f"{model}, {args.variant}: FP32 top-1 {100 * fp32:.2f} %")
             print(tabulate(rows, headers="keys", floatfmt=".2f"), flush=True)
     print(f"wrote {RESULTS / args.name}.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwt_fx.pass_base import Change, Pass, PassManager, PassResult, Skip
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
+from qwt_fx.passes.choose_softmax_quantizer import ChooseSoftmaxQuantizer
 from qwt_fx.passes.convert_to_integers import ConvertToIntegers
 from qwt_fx.passes.decompose_attention import DecomposeAttention
 from qwt_fx.passes.fix_constant_tokens import FixConstantTokens
@@ -12,11 +13,13 @@ from qwt_fx.passes.insert_compensation import InsertCompensation
 from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
 from qwt_fx.passes.quantize_embeddings import QuantizeEmbeddings
+from qwt_fx.passes.raise_sensitive_layers import RaiseSensitiveLayers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 
 __all__ = [
     "CalibrateLayers",
     "Change",
+    "ChooseSoftmaxQuantizer",
     "ConvertToIntegers",
     "DecomposeAttention",
     "FixConstantTokens",
@@ -28,6 +31,7 @@ __all__ = [
     "PassManager",
     "PassResult",
     "QuantizeEmbeddings",
+    "RaiseSensitiveLayers",
     "ReparameterizeLayerNorm",
     "Skip",
 ]

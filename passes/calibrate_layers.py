@@ -92,7 +92,8 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
     layers = [n for n in group.layers if can_be_rows(n)]
     floating = {n: weight_and_bias(walk.reference, walk.twin(n)) for n in layers}
     if quantizer is not None:
-        yield Change(quantizer.name, fit_range(walk, group, quantizer))
+        group, done = fit_range(walk, group, quantizer)
+        yield Change(quantizer.name, done)
     for layer, sums in layer_sums(walk, group, layers, floating, quantizer).items():
         yield Change(layer_name(layer), _describe(_fit(walk, layer, sums)))
     for layer in group.layers:

@@ -17,6 +17,7 @@ from qwt_fx.graph import add_tensor, tensor_of
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.qparams import LOG_SQRT2, along_axis
+from qwt_fx.trim import cut_to_length
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def _per_token(gm: GraphModule, source: Node, module: FakeQuant) -> Node:
     multiply = torch.ops.aten.mul.Tensor
     inverse = add_tensor(gm, f"{module.name}_token_inverse", module.token_scale.reciprocal())
     factor = add_tensor(gm, f"{module.name}_token_scale", module.token_scale)
+    inverse, factor = cut_to_length(gm, inverse, 0), cut_to_length(gm, factor, 0)
     divided = gm.graph.call_function(multiply, (source, inverse))
     return gm.graph.call_function(multiply, (_activation(gm, divided, module), factor))
 

@@ -24,6 +24,7 @@ from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.runner import check_batches, placeholders, run_all, start
 from qwt_fx.sample_ids import batch_axis
 from qwt_fx.token_map import token_mask
+from qwt_fx.trim import cut_to_length
 
 aten = torch.ops.aten
 
@@ -133,7 +134,9 @@ def _replace(
     with gm.graph.inserting_after(linear):
         constant = add_tensor(gm, f"{name}_value", row.detach().clone())
     with gm.graph.inserting_after(constant):
-        position = add_tensor(gm, f"{name}_position", is_first.reshape(mask_shape).to(row.device))
+        whole = add_tensor(gm, f"{name}_position", is_first.reshape(mask_shape).to(row.device))
+    with gm.graph.inserting_after(whole):
+        position = cut_to_length(gm, whole, axis)
     call = gm.graph.call_function
     with gm.graph.inserting_after(position):
         starts = call(aten.reshape.default, (first, [*sample_shape, 1]))

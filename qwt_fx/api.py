@@ -30,6 +30,7 @@ from qwt_fx.norms import fake_quant_of
 from qwt_fx.observe import config_of, fake_quant_nodes, observe, set_mode
 from qwt_fx.pass_base import Pass, PassManager, clean_up
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
+from qwt_fx.passes.choose_softmax_quantizer import ChooseSoftmaxQuantizer
 from qwt_fx.passes.convert_to_integers import ConvertToIntegers
 from qwt_fx.passes.decompose_attention import DecomposeAttention
 from qwt_fx.passes.fix_constant_tokens import FixConstantTokens
@@ -38,6 +39,7 @@ from qwt_fx.passes.insert_compensation import InsertCompensation
 from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
 from qwt_fx.passes.quantize_embeddings import QuantizeEmbeddings
+from qwt_fx.passes.raise_sensitive_layers import RaiseSensitiveLayers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
 from qwt_fx.recipes import recipe_for
@@ -72,7 +74,7 @@ def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
         # The published code computes attention in separate operators; the fused one rounds
         # differently, and a rounding flip at 6 bits moves later ranges by percents.
         steps.append(DecomposeAttention())
-    if config.attention == "log2" and config.bits_for("").activation is not None:
+    if config.attention in ("log2", "auto") and config.bits_for("").activation is not None:
         steps.append(InsertLogSqrt2Softmax(config.a_bits, reserve_zero=config.compat == "none"))
     PassManager((*steps, InsertObservers(config)))(prepared)
     return prepared
@@ -113,6 +115,10 @@ def calibrate(
     listed = check_batches(batches)
     if not fake_quant_nodes(prepared):
         return prepared
+    if config.attention == "auto" and config.bits_for("").activation is not None:
+        ChooseSoftmaxQuantizer(listed)(prepared)
+    if config.exceptions > 0.0:
+        RaiseSensitiveLayers(listed, config.exceptions)(prepared)
     floating = _floating_twin(prepared)
     if recipe.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
         QuantizeEmbeddings()(prepared)

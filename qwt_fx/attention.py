@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph import add_tensor, argument, layer_name, shape_of
+from qwt_fx.graph import add_tensor, argument, graph_info, layer_name, shape_of
+from qwt_fx.trim import cut_to_length
 
 aten = torch.ops.aten
 
@@ -69,6 +70,8 @@ def decompose_attention(gm: GraphModule, node: Node) -> Node:
             hidden = torch.ones(shape[-2], keys[-2], dtype=torch.bool).triu(1)
             device = _device(query)
             buffer = add_tensor(gm, "causal_mask", hidden.to(device))
+            if shape[-2] == keys[-2] == graph_info(gm).context_length:
+                buffer = cut_to_length(gm, cut_to_length(gm, buffer, 0), 1)
             scores = call(aten.masked_fill.Scalar, scores, buffer, -math.inf)
         elif isinstance(mask, Node):
             if _is_boolean(mask):

@@ -1,7 +1,9 @@
 """Captures a model into a canonical ATen graph with a dynamic batch dimension.
 
-`torch.export` does the capture; `qwt_fx.canonicalize` then removes what it adds for its own checks
-and what computes nothing, and leaves no literal device in the graph.
+A text tower of which it is proved that nothing behind the end of a text matters gets a dynamic
+length as well (`qwt_fx.end_of_text`). `torch.export` does the capture; `qwt_fx.canonicalize`
+then removes what it adds for its own checks and what computes nothing, and leaves no literal device
+in the graph.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ from torch.fx import GraphModule
 
 from qwt_fx.blocks import find_blocks, module_path
 from qwt_fx.canonicalize import canonicalize
+from qwt_fx.end_of_text import find_end_of_text
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph import (
     SDPA,
     GraphInfo,
     argument,
     compute_nodes,
+    graph_info,
     has_graph_info,
     set_graph_info,
     strip_weight,
 )
+from qwt_fx.text_length import record_full_length, text_ids
+from qwt_fx.token_ids import NotProved
 
 _MAX_BATCH = 1 << 20
 
@@ -74,11 +80,13 @@ def _export(
     kwargs: dict[str, Any],
     names: Sequence[str],
     strict: bool,
+    length: Any = None,
 ) -> ExportedProgram:
     batch = Dim("batch", min=1, max=_MAX_BATCH)
     values = dict(zip(names, (*args, *kwargs.values()), strict=True))
+    sizes = {0: batch} if length is None else {0: batch, 1: length}
     dynamic = {
-        name: {0: batch} if isinstance(value, Tensor) and value.dim() > 0 else None
+        name: sizes if isinstance(value, Tensor) and value.dim() > 0 else None
         for name, value in values.items()
     }
     try:
@@ -87,7 +95,7 @@ def _export(
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__} with a dynamic batch "
-            f"dimension: {type(error).__name__}: {first[0]}"
+            f"dimension{'' if length is None else ' and length'}: {type(error).__name__}: {first[0]}"
         ) from error
 
 
@@ -144,7 +152,9 @@ def capture(
 
     Returns:
         A `GraphModule` called like the model and returning its output structure, with the
-        transformer blocks recorded. A graph captured before is returned as it is.
+        transformer blocks recorded. A graph captured before is returned as it is. A model of one
+        tensor of token ids (n, context) accepts shorter ids as well where `GraphInfo.end_of_text`
+        is set; otherwise `GraphInfo.fixed_length` says why not.
 
     Raises:
         CaptureError: the model cannot be exported with a dynamic batch; the message names the node
@@ -164,15 +174,56 @@ def capture(
     args = tuple(_with_two_samples(value, batch) for value in example_inputs)
     named = {name: _with_two_samples(value, batch) for name, value in named.items()}
     with _export_conditions(model):
-        program = _export(model, args, named, names, strict)
-        if any(_mutates(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})  # functionalizes in-place ops, nothing else
-        gm = program.module()
+        ids = text_ids((*args, *named.values()))
+        if ids is None:
+            return _captured(_export(model, args, named, names, strict))
+        try:
+            return _of_any_length(model, args, named, names, strict)
+        except (CaptureError, NotProved) as failure:
+            gm = _captured(_export(model, args, named, names, strict))
+            graph_info(gm).fixed_length = str(failure)
+            return gm
+
+
+def _captured(program: ExportedProgram, full: Tensor | None = None) -> GraphModule:
+    """The canonical graph; `full`, ids of full length, where the length is dynamic."""
+    if any(_mutates(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # functionalizes in-place ops, nothing else
+    gm = program.module()
     if not isinstance(gm, GraphModule):
         raise CaptureError(f"torch.export returned {type(gm).__name__}, wanted a GraphModule")
     canonicalize(gm)
+    if full is not None:
+        record_full_length(gm, full)
     _name_layers(gm)
     set_graph_info(gm, GraphInfo(blocks=find_blocks(gm)))
+    return gm
+
+
+def _of_any_length(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    strict: bool,
+) -> GraphModule:
+    """Capture with a dynamic length. Raises where it fails, or where nothing proves its use."""
+
+    def example(ids: Tensor) -> Tensor:
+        return ids[:, :-1].contiguous()
+
+    (full,) = args or kwargs.values()
+    shorter = tuple(example(a) for a in args), {k: example(v) for k, v in kwargs.items()}
+    # One below the context: export refuses a range that holds a size it took for another case,
+    # and a cut of a whole table is one. Its guards are not kept, and full length is tried out.
+    length = Dim("length", min=1, max=full.shape[1] - 1)
+    gm = _captured(_export(model, *shorter, names, strict, length), full)
+    keywords = tuple(kwargs)
+    end = find_end_of_text(
+        gm, lambda ids: model(**{keywords[0]: ids}) if keywords else model(ids), full
+    )
+    info = graph_info(gm)
+    info.end_of_text, info.context_length = end.name, int(full.shape[1])
     return gm
 
 

@@ -22,6 +22,7 @@ ROUNDINGS = ("auto", "nearest", "gptq")
 AUTO = "auto"
 SWITCHES = (
     "fold_values",
+    "input_scales",
     "refit",
     "bias_correction",
     "symmetric_weights",
@@ -31,7 +32,7 @@ SWITCHES = (
 REMEDIES = (
     "ranges", "reparameterization", "target", "rounding", "embedding_bits", *SWITCHES,
 )  # fmt: skip
-ATTENTIONS = ("none", "uniform", "log2")
+ATTENTIONS = ("none", "uniform", "log2", "auto")
 FLOAT_BITS = (16, 32)
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -124,7 +125,10 @@ class QuantConfig:
             scale and shift of its last linear, folded away (QwT-v2, arXiv 2505.20932); "none";
             "auto" is the recipe's own choice.
         attention: "none" leaves q, k, v and softmax(QK^T) in floating point, "uniform" quantizes
-            them uniformly, "log2" the softmax with the log-sqrt2 quantizer.
+            them uniformly, "log2" the softmax with the log-sqrt2 quantizer, "auto" each softmax with
+            whichever disturbs its product with the values less.
+        exceptions: layers that hurt the output most get 8 bits until the quantized weights are this
+            share larger, in [0, 1]; 0 makes none.
         overrides: layer-name glob -> "wNaM" or "skip"; the last match wins; a glob that matches
             nothing is an error when the graph is prepared.
         hold_out: share of the calibration samples that judges each compensation and chooses its
@@ -139,6 +143,8 @@ class QuantConfig:
         reparameterization: how much of a norm's channel differences moves into the weights: a
             number in [0, 1], 1 being RepQ-ViT's own, or "search".
         fold_values: move the scales of attention's output into the rows of the values.
+        input_scales: where nothing upstream can take the differences between channels, multiply a
+            layer's input by a constant per channel, if it is worth it.
         refit: refit each weight on its quantized input.
         target: what refit and compensation aim at: "local", the float layer or block on the
             quantized path's input (as published), or "fp", the floating-point path's.
@@ -157,12 +163,14 @@ class QuantConfig:
     compat: str = "none"
     compensation: str = "auto"
     attention: str = "none"
+    exceptions: float = 0.0
     overrides: Mapping[str, str] = field(default_factory=dict)
     hold_out: float = 0.2
     token_masks: str = AUTO
     ranges: str = AUTO
     reparameterization: str | float = AUTO
     fold_values: bool | str = AUTO
+    input_scales: bool | str = AUTO
     refit: bool | str = AUTO
     target: str = AUTO
     rounding: str = AUTO
@@ -181,6 +189,7 @@ class QuantConfig:
         _choice("attention", self.attention, ATTENTIONS)
         _choice("token_masks", self.token_masks, TOKEN_MASKS)
         _fraction("hold_out", self.hold_out, below=0.5)
+        _fraction("exceptions", self.exceptions, below=1.0 + 1e-9)
         _choice("ranges", self.ranges, RANGES)
         _choice("target", self.target, TARGETS)
         _choice("rounding", self.rounding, ROUNDINGS)
@@ -201,6 +210,12 @@ class QuantConfig:
             raise ConfigError(
                 f"compensation={self.compensation!r} with compat='original': the published "
                 "procedure knows none and qwt; use compat='none'"
+            )
+        if self.compat == "original" and (self.attention == AUTO or self.exceptions > 0.0):
+            raise ConfigError(
+                f"attention={self.attention!r}, exceptions={self.exceptions} with "
+                "compat='original': the published procedure has neither 'auto' nor exceptions; use "
+                "compat='none'"
             )
         chosen = [name for name in REMEDIES if getattr(self, name) != AUTO]
         if self.compat == "original" and chosen:

@@ -14,6 +14,7 @@ from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer, class_we
 from qwt_fx.errors import DataError
 from qwt_fx.measure import sqnr_db
 from qwt_fx.metrics import agreement, topk_correct, wilson_interval
+from qwt_fx.trim import trim
 
 Progress = Callable[[int, int], None]
 
@@ -93,11 +94,14 @@ def text_features(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Tensor:
-    """Embeddings (p, e) of token ids (p, context), un-normalized."""
+    """Embeddings (p, e) of token ids (p, context), un-normalized.
+
+    A graph that may be given shorter ids gets each batch cut to its longest text (`qwt_fx.trim`).
+    """
     features = []
     with torch.no_grad():
         for begin in range(0, len(tokens), batch_size):
-            chunk = tokens[begin : begin + batch_size].to(device)
+            chunk = trim(tower, tokens[begin : begin + batch_size].to(device))
             features.append(_checked(tower(chunk), "text"))
             if progress is not None:
                 progress(min(begin + batch_size, len(tokens)), len(tokens))

@@ -95,9 +95,10 @@ class FakeQuant(nn.Module):
         """Quantize and dequantize `x` regardless of the mode; the dtype stays, the maths are float32."""
         if self.token_scale is None:
             return self._fake_quantize(x.float()).to(x.dtype)
-        # Powers of two: both products are exact.
-        scaled = x.float() * self.token_scale.reciprocal()
-        return (self._fake_quantize(scaled) * self.token_scale).to(x.dtype)
+        # A text may be shorter than the context. Powers of two: both products are exact.
+        token_scale = self.token_scale[: x.shape[-self.token_scale.dim()]]
+        scaled = x.float() * token_scale.reciprocal()
+        return (self._fake_quantize(scaled) * token_scale).to(x.dtype)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         spec, scale = self.spec, self.scale

@@ -8,6 +8,7 @@ order of the batches.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,26 +74,35 @@ class LayerSums:
         """The change (o,) of the bias that leaves no mean error when the weights change by (o, d)."""
         return (self.t - change.to(torch.float64) @ self.x) / max(self.count, 1)
 
-    def residual(self, change: Tensor, bias: Tensor) -> float:
-        """Sum of squared errors left by changes of the weights (o, d) and the bias (o,)."""
-        w, b = change.double(), bias.double()
+    def residual(self, change: Tensor | None, bias: Tensor) -> float:
+        """Sum of squared errors left by changes of the weights (o, d) and the bias (o,).
+
+        `None` is no change of the weights.
+        """
+        b = bias.double()
+        if change is None:
+            return self.square - 2.0 * float(b @ self.t) + self.count * float(b @ b)
+        w = change.double()
         explained = float((w * (w @ self.gram)).sum()) - 2.0 * float((w.T * self.cross).sum())
         shift = 2.0 * float(b @ (w @ self.x)) - 2.0 * float(b @ self.t)
         return self.square + explained + shift + self.count * float(b @ b)
 
 
-def refit(sums: LayerSums, ridge: float) -> Tensor | None:
+def refit(centred: tuple[Tensor, Tensor], ridge: float) -> Tensor | None:
     """The change (o, d) float64 of the weights that fits best, `None` where nothing can be solved.
 
     argmin over D of sum (t - D x - c)^2 + ridge mean(diag H) |D|^2 with c free, H the covariance sum of
     x: a ridge regression that pulls towards the weights as they are.
+
+    centred: what `LayerSums.centred` returns.
     """
-    gram, cross = sums.centred()
+    gram, cross = centred
     mean = gram.diagonal().mean()
     if not bool(mean > 0.0):
         return None
-    gram.diagonal().add_(ridge * mean)
-    factor, info = torch.linalg.cholesky_ex(gram)
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * mean)
+    factor, info = torch.linalg.cholesky_ex(damped)
     if int(info):  # fewer tokens than channels and next to no ridge
         return None
     return torch.cholesky_solve(cross, factor).T
@@ -106,14 +116,23 @@ def choose_refit(
     `(None, None)` where the held-out tokens are served best by no change but the bias's.
     """
     nothing = torch.zeros(len(train.t), len(train.x), dtype=torch.float64, device=train.x.device)
-    chosen, least = None, judge.residual(nothing, train.bias(nothing))
-    for ridge in ridges:
-        change = refit(train, ridge)
-        if change is None:
-            continue
-        error = judge.residual(change, train.bias(change))
-        if error < least:
-            chosen, least = ridge, error
-    if chosen is None:
+    unchanged = judge.residual(None, train.bias(nothing))
+    errors: dict[float, float] = {}
+    centred = train.centred()
+
+    def error(ridge: float) -> float:
+        if ridge not in errors:
+            change = refit(centred, ridge)
+            errors[ridge] = (
+                math.inf if change is None else judge.residual(change, train.bias(change))
+            )
+        return errors[ridge]
+
+    # The held-out error falls, then rises with the ridge: walk downhill from the middle.
+    at = len(ridges) // 2
+    for step in (-1, 1):
+        while 0 <= at + step < len(ridges) and error(ridges[at + step]) < error(ridges[at]):
+            at += step
+    if not error(ridges[at]) < unchanged:
         return None, None
-    return refit(train + judge, chosen), chosen
+    return refit((train + judge).centred(), ridges[at]), ridges[at]

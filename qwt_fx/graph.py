@@ -84,6 +84,11 @@ class GraphInfo:
         compensations: block name -> `{"r2", "r2_held_out", "applied", "parameters", ...}`.
         layers: layer name -> measurements of that layer (`sqnr_db`, ...).
         constant_token: the id whose keys and values are constants at position 0; `None` if none.
+        end_of_text: the node, made of the ids alone, that tells the one position of each text the
+            output reads, where nothing behind it matters and shorter ids are accepted; `None` for a
+            graph of fixed length.
+        context_length: the most ids a graph of any length takes; `None` for one of fixed length.
+        fixed_length: why a graph of token ids has a fixed length; `None` for others.
         unstorable: why the graph cannot be saved, lowered or exported; `None` when it can.
     """
 
@@ -93,6 +98,9 @@ class GraphInfo:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     unstorable: str | None = None
     constant_token: int | None = None
+    end_of_text: str | None = None
+    context_length: int | None = None
+    fixed_length: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
 

@@ -89,6 +89,13 @@ def parse_document(document: Any) -> Document:
     calls = _parse_nodes(document["nodes"], attributes)
     arguments, inputs, outputs = _parse_signature(document["signature"], calls)
     info = None if document["info"] is None else info_from_json(document["info"])
+    if info is not None and info.end_of_text is not None:
+        inputs_read = [call.name for call in calls if call.op == "placeholder"]
+        operators = {call.name for call in calls if call.op == "call_function"}
+        if info.end_of_text not in operators or len(inputs_read) != 1:
+            raise ArtifactError(
+                f"info: end_of_text: {shown(info.end_of_text)} is no operator of a graph with one input"
+            )
     return Document(calls, arguments, inputs, outputs, attributes, tensors, info)
 
 

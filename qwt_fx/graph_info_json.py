@@ -50,9 +50,19 @@ def info_from_json(value: Any) -> GraphInfo:
             raise ArtifactError(f"info: {key}: got {shown(content)}, wanted a {kind.__name__}")
     if entry.get("unstorable") is not None:
         raise ArtifactError("info: the graph is marked as one that cannot be stored")
+    _check_length(entry)
     if "blocks" in entry:
         entry["blocks"] = [_block(block) for block in entry["blocks"]]
     return GraphInfo(**entry)
+
+
+def _check_length(entry: dict[str, Any]) -> None:
+    end, context = entry.get("end_of_text"), entry.get("context_length")
+    if end is not None and not (isinstance(end, str) and _TEXT.fullmatch(end)):
+        raise ArtifactError(f"info: end_of_text: got {shown(end)}, wanted a node's name")
+    positive = type(context) is int and context > 0
+    if (end is None) != (context is None) or (context is not None and not positive):
+        raise ArtifactError(f"info: context_length: got {shown(context)}, end_of_text {shown(end)}")
 
 
 def _block(value: Any) -> Block:

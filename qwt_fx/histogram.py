@@ -7,6 +7,7 @@ most, from 2^-40 to 2^24; smaller values count as 0, larger ones fall into the l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,17 +102,25 @@ class Histogram:
         low, high = self.low.double()[:, None], self.high.double()[:, None]
         return centres.clamp(low, high), halves.expand(len(self.counts), -1)
 
-    def quantiles(self, p: float) -> tuple[Tensor, Tensor]:
-        """(quantile(1 - p), quantile(p)) of each channel up to half a bin, (channels,) float64."""
-        centres, _ = self.values()
+    def quantiles(self, percentiles: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """(quantile(1 - p), quantile(p)) of each channel for each p, up to half a bin.
+
+        (channels,) float64 each.
+        """
+        low, high = self.low.double(), self.high.double()
+        centres = _edges()[0].to(self.counts.device)
         cumulative = self.counts.cumsum(dim=1)
-        count = cumulative[:, -1:].double()
+        count = cumulative[:, -1].double()
         found = []
-        for share in (1.0 - p, p):
-            rank = torch.clamp(share * (count - 1.0), min=0.0)
-            index = (cumulative.double() > rank).to(torch.uint8).argmax(dim=1, keepdim=True)
-            found.append(centres.gather(1, index)[:, 0])
-        return found[0], found[1]
+        for p in percentiles:
+            pair = []
+            for share in (1.0 - p, p):
+                # The first bin whose cumulative count, an integer, exceeds the rank.
+                rank = torch.clamp(share * (count - 1.0), min=0.0).floor().to(torch.int64)
+                index = torch.searchsorted(cumulative, rank[:, None], right=True)[:, 0]
+                pair.append(centres[index.clamp_max(BINS - 1)].clamp(low, high))
+            found.append((pair[0], pair[1]))
+        return found
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every bin that holds something: channel, centre, half width, count, each (k,)."""

@@ -28,6 +28,7 @@ from qwt_fx.graph import (
     layer_name,
     tensor_of,
 )
+from qwt_fx.trim import uncut
 
 aten = torch.ops.aten
 _QUANTIZE = frozenset({torch_ao.QUANTIZE_PER_TENSOR})
@@ -44,7 +45,8 @@ class IntegerInput:
         codes: the uint8 node.
         source: the floating-point node that was quantized; already divided by the token scales.
         scale, zero_point, quant_min, quant_max: of the codes.
-        token_scale: (length, 1) or (length, 1, 1) float32 node that multiplies the dequantized
+        token_scale: (length, 1) or (length, 1, 1) float32 node, a constant or its first positions
+            (`qwt_fx.trim.cut_to_length`), that multiplies the dequantized
             value position by position, or `None`. A linear may multiply its product by it instead.
         moved_by: the shape-only nodes between the dequantized value and the layer, first one first.
     """
@@ -135,7 +137,7 @@ def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:
     token_scale = None
     if is_call(node, {aten.mul.Tensor}) and is_call(node.args[0], _DEQUANTIZE):
         token_scale = node.args[1]
-        if tensor_of(gm, token_scale) is None:
+        if tensor_of(gm, uncut(token_scale)) is None:
             return None
         node = node.args[0]
     if not is_call(node, _DEQUANTIZE) or not is_call(node.args[0], _QUANTIZE):

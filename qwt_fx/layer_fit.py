@@ -58,8 +58,7 @@ def fit_layer(
         rounded = rounded.double()
     change = rounded - weight.double()
     moved = everything.bias(change) if remedies.bias_correction else torch.zeros_like(everything.t)
-    nothing = torch.zeros_like(change)
-    before = everything.residual(nothing, torch.zeros_like(everything.t))
+    before = everything.residual(None, torch.zeros_like(everything.t))
     after = everything.residual(change, moved)
     new_bias = None if bias is None else bias.double()
     if remedies.bias_correction:

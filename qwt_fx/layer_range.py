@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qwt_fx.channel_map import NotMapped, value_map
+from qwt_fx.channel_map import NotMapped, ValueMap, value_map
 from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import MATMULS, is_call, through_shape_ops
@@ -17,9 +17,10 @@ from qwt_fx.layer_groups import LayerGroup, weight_quantizer
 from qwt_fx.lockstep import Lockstep
 from qwt_fx.norms import NORMS, is_fake_quant, norm_readers, why_not_reparameterizable
 from qwt_fx.qparams import QuantSpec
-from qwt_fx.range_search import search_range
+from qwt_fx.range_search import Range, search_range
 from qwt_fx.rescale import (
     divide_constants,
+    divide_input,
     divide_norm,
     divide_rows,
     undo_in_columns,
@@ -34,42 +35,81 @@ _APART = 4.0  # a position this many times larger than the median one may get it
 _WORTH = 0.7  # ... where that leaves at most this share of the error
 
 
-def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> str:
-    """Rescale what can be, then set the quantizer's qparams; says what was done.
+def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[LayerGroup, str]:
+    """Rescale what can be, then set the quantizer's qparams.
 
-    Raises `DataError` for values that are not finite.
+    Returns the group, whose source changes where its input gets a product of its own, and what was
+    done. Raises `DataError` for values that are not finite.
     """
-    remedies = walk.remedies
     histogram = _histogram(walk, group)
-    linears = [n for n in group.layers if n.target is aten.linear.default]
-    weights = [weight_and_bias(walk.gm, n)[0] for n in linears]
     spec = replace(quantizer.spec.per_tensor(), include_zero=True)
-    done, scale, shift = "one range", None, None
-    if weights and len(linears) == len(group.layers) and not group.shared:
-        rescale, what = _rescale(walk, group, histogram, weights, spec)
+    linears = [n for n in group.layers if n.target is aten.linear.default]
+    done, rescale = "one range", None
+    if linears and len(linears) == len(group.layers) and not group.shared:
+        rescale, done = _move_upstream(walk, group, histogram, spec)
+        if rescale is None and walk.remedies.input_scales:
+            group, rescale = _multiply_input(walk, group, histogram, spec)
+            done = "one range" if rescale is None else "moved into a product of the input"
         if rescale is not None:
-            scale, shift = rescale.scale, rescale.shift
-            done = f"{what}, strength {rescale.strength:g}"
-            weights = [weight_and_bias(walk.gm, n)[0] for n in linears]
-    importance = torch.ones_like(histogram.total)
-    if remedies.output_ranges and weights and len(importance) == weights[0].shape[1]:
-        importance = torch.stack([w.double().square().sum(dim=0) for w in weights]).sum(dim=0)
-    found = search_range(gather_mass(histogram.entries(), importance, scale, shift), spec)
-    token_scale = _token_scale(walk, group) if remedies.token_scales else None
-    if token_scale is not None:
-        apart = search_range(_mass_apart(walk, group, token_scale, importance), spec)
-        if apart.error < _WORTH * found.error:
-            found = apart
+            done += f", strength {rescale.strength:g}"
+    found = _search(walk, group, histogram, spec, rescale)
+    if (apart := _search_apart(walk, group, spec)) is not None:
+        token_scale, range_apart = apart
+        if range_apart.error < _WORTH * found.error:
+            found = range_apart
             quantizer.token_scale = token_scale
             done += f", {int((token_scale != 1).sum())} positions with scales of their own"
     quantizer.spec = spec
     quantizer.set_qparams(found.scale, found.zero_point)
-    return done
+    return group, done
+
+
+def _weights(walk: Lockstep, group: LayerGroup) -> list[Tensor]:
+    linears = [n for n in group.layers if n.target is aten.linear.default]
+    return [weight_and_bias(walk.gm, n)[0] for n in linears]
+
+
+def _importance(walk: Lockstep, group: LayerGroup, channels: int) -> Tensor:
+    """What a squared error of each channel counts, (channels,) float64."""
+    weights = _weights(walk, group)
+    if walk.remedies.output_ranges and weights and channels == weights[0].shape[1]:
+        return torch.stack([w.double().square().sum(dim=0) for w in weights]).sum(dim=0)
+    device = walk.values(group.source)[0].device
+    return torch.ones(channels, dtype=torch.float64, device=device)
+
+
+def _search(
+    walk: Lockstep,
+    group: LayerGroup,
+    histogram: Histogram,
+    spec: QuantSpec,
+    rescale: Rescale | None = None,
+) -> Range:
+    importance = _importance(walk, group, len(histogram.total))
+    moved = () if rescale is None else (rescale.scale, rescale.shift)
+    return search_range(gather_mass(histogram.entries(), importance, *moved), spec)
+
+
+def _search_apart(
+    walk: Lockstep, group: LayerGroup, spec: QuantSpec
+) -> tuple[Tensor, Range] | None:
+    """Scales of positions, and the range beside them; `None` where no position stands out."""
+    token_scale = _token_scale(walk, group) if walk.remedies.token_scales else None
+    if token_scale is None:
+        return None
+    channels = walk.values(group.source)[0].shape[-1] if _per_channel(group) else 1
+    importance = _importance(walk, group, channels)
+    return token_scale, search_range(_mass_apart(walk, group, token_scale, importance), spec)
+
+
+def _per_channel(group: LayerGroup) -> bool:
+    """Whether the channels' histograms are kept apart: linears read them with different weights."""
+    return bool(group.layers) and all(n.target is aten.linear.default for n in group.layers)
 
 
 def _histogram(walk: Lockstep, group: LayerGroup) -> Histogram:
     source = group.source
-    per_channel = bool(group.layers) and all(n.target is aten.linear.default for n in group.layers)
+    per_channel = _per_channel(group)
     values = walk.values(source)
     histogram = Histogram(values[0].shape[-1] if per_channel else 1, values[0].device)
     for index, x in enumerate(values):
@@ -85,39 +125,73 @@ def _histogram(walk: Lockstep, group: LayerGroup) -> Histogram:
     return histogram
 
 
-def _rescale(
-    walk: Lockstep, group: LayerGroup, histogram: Histogram, weights: list[Tensor], spec: QuantSpec
+def _move_upstream(
+    walk: Lockstep, group: LayerGroup, histogram: Histogram, spec: QuantSpec
 ) -> tuple[Rescale | None, str]:
-    """Move differences between channels upstream and into the weights, where that is possible."""
-    gm, remedies = walk.gm, walk.remedies
-    bits = [m.spec.bits for n in group.layers if (m := weight_quantizer(gm, n)) is not None]
-
-    def choose(shifts: bool) -> Rescale:
-        width = min(bits, default=None)
-        return choose_rescale(histogram, weights, spec, width, remedies.strengths, shifts=shifts)
-
+    """Move differences between channels into what makes the value, where that is possible."""
+    gm = walk.gm
     origin = through_shape_ops(group.source)
     if is_call(origin, NORMS):
         readers = norm_readers(gm, origin)
-        if why_not_reparameterizable(gm, origin) is not None or len(readers.fake_quants) != 1:
-            return None, ""
-        chosen = choose(origin.target is aten.layer_norm.default)
-        divide_norm(gm, origin, chosen.scale, chosen.shift)
-        _undo(walk, readers.linears, origin, chosen)
-        return chosen, "moved into the norm"
-    if not remedies.fold_values:
-        return None, ""
+        if why_not_reparameterizable(gm, origin) is None and len(readers.fake_quants) == 1:
+            shifts = origin.target is aten.layer_norm.default
+            chosen = _choose(walk, group, histogram, spec, shifts=shifts)
+            divide_norm(gm, origin, chosen.scale, chosen.shift)
+            _undo(walk, readers.linears, origin, chosen)
+            return chosen, "moved into the norm"
+    elif walk.remedies.fold_values and (mapped := _value_map(walk, group)) is not None:
+        # Rows of a softmax sum to 1, which carries a shift through; those of its quantized copy
+        # do not.
+        fused = not is_call(mapped.attention, MATMULS)
+        shifts = fused or not is_fake_quant(gm, mapped.attention.args[0])
+        chosen = _choose(walk, group, histogram, spec, shifts=shifts)
+        divide_rows(gm, mapped.producer, mapped.rows, chosen.scale, chosen.shift)
+        divide_constants(gm, mapped.constants, mapped.rows, chosen.scale, chosen.shift)
+        _undo(walk, group.layers, group.source, chosen)
+        return chosen, "moved into the values"
+    return None, "one range"
+
+
+def _multiply_input(
+    walk: Lockstep, group: LayerGroup, histogram: Histogram, spec: QuantSpec
+) -> tuple[LayerGroup, Rescale | None]:
+    """Multiply the input by a constant per channel, where that leaves far less error."""
+    chosen = _choose(walk, group, histogram, spec, shifts=True)
+    plain = _choose(walk, group, histogram, spec, shifts=False, strengths=(0.0,)).error
+    if (apart := _search_apart(walk, group, spec)) is not None:
+        gained = _search(walk, group, histogram, spec).error - apart[1].error
+        plain -= max(gained, 0.0)
+    if chosen.error >= _WORTH * plain:
+        return group, None
+    assert group.quantizer is not None  # fit_range has one
+    source = divide_input(walk.gm, group.quantizer, chosen.scale, chosen.shift)
+    for linear in group.layers:
+        undo_in_columns(walk.gm, linear, chosen.scale, chosen.shift)
+    walk.follow(group.source, source)
+    return replace(group, source=source), chosen
+
+
+def _choose(
+    walk: Lockstep,
+    group: LayerGroup,
+    histogram: Histogram,
+    spec: QuantSpec,
+    *,
+    shifts: bool,
+    strengths: tuple[float, ...] | None = None,
+) -> Rescale:
+    strengths = strengths or walk.remedies.strengths
+    modules = [weight_quantizer(walk.gm, n) for n in group.layers]
+    bits = min((m.spec.bits for m in modules if m is not None), default=None)
+    weights = _weights(walk, group)
+    return choose_rescale(histogram, weights, spec, bits, strengths, shifts=shifts)
+
+
+def _value_map(walk: Lockstep, group: LayerGroup) -> ValueMap | None:
     try:
-        mapped = value_map(gm, group.source)
+        return value_map(walk.gm, group.source)
     except NotMapped:
-        return None, ""
-    # Rows of a softmax sum to 1, which carries a shift through; those of its quantized copy do not.
-    fused = not is_call(mapped.attention, MATMULS)
-    chosen = choose(fused or not is_fake_quant(gm, mapped.attention.args[0]))
-    divide_rows(gm, mapped.producer, mapped.rows, chosen.scale, chosen.shift)
-    divide_constants(gm, mapped.constants, mapped.rows, chosen.scale, chosen.shift)
-    _undo(walk, group.layers, group.source, chosen)
-    return chosen, "moved into the values"
+        return None
 
 
 def _undo(walk: Lockstep, linears: tuple[Node, ...], origin: Node, rescale: Rescale) -> None:

@@ -84,6 +84,14 @@ class Lockstep:
                 scale, shift = (v.to(env[node].dtype) for v in (rescale.scale, rescale.shift))
                 env[node] = env[node] / scale - shift
 
+    def follow(self, source: Node, new: Node) -> None:
+        """Run up to a node inserted behind `source`; its rows count as those of `source` do."""
+        for proof in self._tokens:
+            for known in (proof.rows, proof.positions):
+                if source.name in known:
+                    known[new.name] = known[source.name]
+        self._quantized.advance(new)
+
     def mask(self, source: Node, index: int, *, behind_end: bool) -> Tensor | None:
         """Which rows of a batch count, (rows,) bool; `None` for all of them.
 

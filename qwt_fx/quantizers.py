@@ -27,6 +27,7 @@ from qwt_fx.graph import (
 )
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.runner import execute
+from qwt_fx.trim import uncut
 
 _PER_TENSOR = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
 _PER_CHANNEL = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})
@@ -77,7 +78,7 @@ def _is_token_scale(gm: GraphModule, node: Node) -> bool:
     """Whether this multiplies a dequantized activation by the scales of its positions."""
     if not is_call(node, {torch.ops.aten.mul.Tensor}) or len(node.args) != 2:
         return False
-    return is_call(node.args[0], _PER_TENSOR) and tensor_of(gm, node.args[1]) is not None
+    return is_call(node.args[0], _PER_TENSOR) and tensor_of(gm, uncut(node.args[1])) is not None
 
 
 def operand_bits(gm: GraphModule, node: Node) -> tuple[int | None, int | None]:

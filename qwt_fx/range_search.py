@@ -96,21 +96,17 @@ def channel_ranges(histogram: Histogram, levels: int) -> tuple[Tensor, Tensor]:
 
     (channels,) float64 each; percentiles and the extremes are the candidates.
     """
-    centres, _ = histogram.values()
-    counts = histogram.counts.double()
+    channel, value, _, count = histogram.entries()
     best_error = torch.full_like(histogram.total, torch.inf)
     best_low, best_high = histogram.low.double(), histogram.high.double()
-    for p in CHANNEL_PERCENTILES:
-        low, high = histogram.quantiles(p)
-        if p == 1.0:
-            low, high = histogram.low.double(), histogram.high.double()
+    ranges = [*histogram.quantiles(CHANNEL_PERCENTILES[:-1]), (best_low, best_high)]
+    for low, high in ranges:
         step = (high - low) / levels
-        outside = (centres - centres.clamp(low[:, None], high[:, None])).square()
-        error = (counts * outside).sum(dim=1) + counts.sum(dim=1) * step.square() / 12.0
+        outside = (value - value.clamp(low[channel], high[channel])).square_().mul_(count)
+        error = torch.zeros_like(best_error).index_add_(0, channel, outside)
+        error += histogram.rows * step.square() / 12.0
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_low, best_high = (
-            torch.where(better, low, best_low),
-            torch.where(better, high, best_high),
-        )
+        best_low = torch.where(better, low, best_low)
+        best_high = torch.where(better, high, best_high)
     return best_low, best_high

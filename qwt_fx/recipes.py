@@ -58,6 +58,7 @@ _BARE = LayerRemedies(
     output_ranges=False,
     strengths=(1.0,),
     fold_values=False,
+    input_scales=False,
     refit=False,
     fp_target=False,
     rounding="nearest",
@@ -67,7 +68,8 @@ _BARE = LayerRemedies(
 )
 
 _OF_LAYERS = (
-    "fold_values", "refit", "rounding", "bias_correction", "symmetric_weights", "token_scales",
+    "fold_values", "input_scales", "refit", "rounding", "bias_correction", "symmetric_weights",
+    "token_scales",
 )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ class LayerRemedies:
         strengths: candidates for how much of the channels' differences moves into the weights; (1.0,)
             is RepQ-ViT's own choice, (0.0,) none (W5).
         fold_values: move the scales of attention's output into the rows of the values (W8).
+        input_scales: where neither can take the differences between channels, multiply the input by a
+            constant per channel, if that leaves at most 0.7 of the output's error.
         refit: refit each weight by ridge regression on its quantized input (W7, ERQ).
         fp_target: aim at the floating-point path's output, and at the residual stream where the
             layer adds to one, instead of the layer's own output on the quantized path's input (W3).
@@ -32,6 +34,7 @@ class LayerRemedies:
     output_ranges: bool = True
     strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     fold_values: bool = True
+    input_scales: bool = True
     refit: bool = True
     fp_target: bool = True
     rounding: str = "gptq"

@@ -14,6 +14,8 @@ from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import LAYER_NORM, add_module, add_tensor, argument, layer_name, tensor_of
 from qwt_fx.norms import fake_quant_of, is_fake_quant, norm_affine, weight_node
 
+aten = torch.ops.aten
+
 
 def weight_and_bias(gm: GraphModule, layer: Node) -> tuple[Tensor, Tensor | None]:
     """The weight of a linear or convolution behind its quantizer, and its bias."""
@@ -68,6 +70,30 @@ def undo_in_columns(gm: GraphModule, linear: Node, scale: Tensor, shift: Tensor)
     if bias is not None:
         moved = bias.double() + moved
     set_layer(gm, linear, scaled, moved if bias is not None or bool((shift != 0).any()) else None)
+
+
+def divide_input(gm: GraphModule, quantizer: Node, scale: Tensor, shift: Tensor) -> Node:
+    """The quantizer reads x / scale - shift from now on; returns the node that computes it.
+
+    For values that no norm and no linear upstream can rescale: an elementwise product, which
+    compilers fuse into what computes x.
+    """
+    source = quantizer.args[0]
+    assert isinstance(source, Node)  # a FakeQuant reads one tensor
+    value = source.meta.get("val")
+    dtype = value.dtype if isinstance(value, Tensor) else torch.float32
+    base = fake_quant_of(gm, quantizer).name
+    with gm.graph.inserting_before(quantizer):
+        inverse = add_tensor(gm, f"{base}_input_inverse", scale.reciprocal().to(dtype))
+        new = gm.graph.call_function(aten.mul.Tensor, (source, inverse))
+        if bool((shift != 0).any()):
+            new.meta = dict(source.meta)
+            offset = add_tensor(gm, f"{base}_input_shift", shift.to(dtype))
+            new = gm.graph.call_function(aten.sub.Tensor, (new, offset))
+    # Found under the name of what it rescales in the floating-point graph.
+    new.meta = dict(source.meta) | {"replaces": source.meta.get("replaces", source.name)}
+    quantizer.update_arg(0, new)
+    return new
 
 
 def divide_norm(gm: GraphModule, norm: Node, scale: Tensor, shift: Tensor) -> None:

@@ -25,11 +25,15 @@ _GPTQ_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Rescale:
-    """x' = x / scale - shift, (channels,) float64 each, and the strength it was made with."""
+    """x' = x / scale - shift, (channels,) float64 each, and the strength it was made with.
+
+    error: estimated squared error of the output, summed over the calibration tokens.
+    """
 
     scale: Tensor
     shift: Tensor
     strength: float
+    error: float
 
 
 def choose_rescale(
@@ -52,7 +56,7 @@ def choose_rescale(
         width = 2.0 * torch.maximum(high, -low)
     floor = float(width.max()) * 1e-6
     if floor <= 0.0:  # constant channels everywhere
-        return Rescale(torch.ones_like(width), torch.zeros_like(width), 0.0)
+        return Rescale(torch.ones_like(width), torch.zeros_like(width), 0.0, 0.0)
     width = width.clamp_min(floor)
     middle = (low + high) / 2.0 if shifts else torch.zeros_like(low)
     logarithm = width.log()
@@ -61,7 +65,7 @@ def choose_rescale(
     assert isinstance(columns, Tensor)  # a group has a linear at least
     entries = histogram.entries()
     spread = histogram.variance * histogram.rows
-    best: tuple[float, Rescale] | None = None
+    best: Rescale | None = None
     for strength in strengths:
         scale = (strength * centred).exp()
         shift = middle / scale
@@ -71,10 +75,10 @@ def choose_rescale(
             error += _weight_error(
                 weights, scale, float((spread / scale.square()).sum()), weight_bits
             )
-        if best is None or error < best[0]:
-            best = (error, Rescale(scale, shift, strength))
+        if best is None or error < best.error:
+            best = Rescale(scale, shift, strength, error)
     assert best is not None  # strengths is not empty
-    return best[1]
+    return best
 
 
 def _weight_error(weights: Sequence[Tensor], scale: Tensor, spread: float, bits: int) -> float:

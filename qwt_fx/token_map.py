@@ -53,12 +53,14 @@ def token_mask(gm: GraphModule, batch: Any, nodes: Iterable[Node]) -> TokenMask:
     A node whose rows mix positions gets no entry. With a reason, no row may be left out.
     """
     try:
-        return _Tracer(gm, batch).trace(set(nodes))
+        return TokenTracer(gm, batch).trace(set(nodes))
     except NotProved as failure:
         return TokenMask(reason=str(failure))
 
 
-class _Tracer:
+class TokenTracer:
+    """Pushes token ids through a graph for one batch; every step it cannot follow raises `NotProved`."""
+
     def __init__(self, gm: GraphModule, batch: Any) -> None:
         self.gm = gm
         self.env: dict[Node, Any] = start(gm, batch)
@@ -80,7 +82,7 @@ class _Tracer:
         found: dict[str, Tensor] = {}
         for node in self.gm.graph.nodes:
             if node.op == "output":
-                last = self._last_positions(node)
+                last = self.last_positions(node)
                 break
             if node.op != "placeholder":
                 self.env[node] = self._step(node)
@@ -107,14 +109,15 @@ class _Tracer:
             ):
                 self.env[source] = None
 
-    def _last_positions(self, output: Node) -> Tensor:
+    def read_ids(self, output: Node) -> list[Tensor]:
+        """The token id of each row of each output, (rows,)."""
+        values = [self.env[node] for node in output.all_input_nodes]
+        return [row_ids(value).reshape(-1) for value in values if isinstance(value, Tokens)]
+
+    def last_positions(self, output: Node) -> Tensor:
         """The last position of each sample that the output reads, (batch,)."""
         last = torch.full((self.batch,), -1, dtype=torch.int32, device=self.device)
-        for node in output.all_input_nodes:
-            value = self.env[node]
-            if not isinstance(value, Tokens):
-                continue
-            ids = row_ids(value).reshape(-1)
+        for ids in self.read_ids(output):
             samples = (ids // self.length).long()
             last = last.scatter_reduce(0, samples, ids % self.length, "amax")
         if bool((last < 0).any()):
@@ -198,7 +201,7 @@ class _Tracer:
         if target is aten.where.self and len(tokens) == 1 and self._value(node, 2) is tokens[0]:
             return self._override(node, tokens[0])
         if target is aten.index.Tensor:
-            return self._gather(node)
+            return self.gather(node)
         raise NotProved(f"{node.name}: {target} is not known to keep positions apart")
 
     def _move(self, node: Node) -> Any:
@@ -283,7 +286,8 @@ class _Tracer:
         queries = row_ids(left)
         return Tokens(queries[..., None].expand(*queries.shape, right.ids.shape[-1]))
 
-    def _gather(self, node: Node) -> Tokens:
+    def gather(self, node: Node) -> Tokens:
+        """Rows of an activation chosen by indices."""
         source = self._value(node, 0)
         indices: Any = map_arg(node.args[1], lambda n: self.env[n])
         if not isinstance(source, Tokens) or any(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -39,8 +40,9 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """The text tower of an open_clip model, sharing its tensors.
 
-    Token ids (n, context) int64 -> embeddings (n, e), not normalized, in the dtype of the
-    parameters, but float32 for a half-precision tower.
+    Token ids (n, length) int64 -> embeddings (n, e), not normalized, in the dtype of the
+    parameters, but float32 for a half-precision tower. A length below the model's context stands
+    for the first positions: open_clip itself takes whole contexts only.
     """
 
     text: nn.Module
@@ -62,8 +64,32 @@ class TextTower(nn.Module):
             self.register_buffer(name, buffer, name not in model._non_persistent_buffers_set)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Embed token ids (n, context)."""
-        return _embedding(self.text(text) if self._encode is None else self._encode(self, text))
+        """Embed token ids (n, length), length at most the context."""
+        length = text.shape[1]
+        if self._encode is not None:
+            return _embedding(self._encode(_FirstPositions(self, length), text))
+        if type(self.text) is not TextTransformer or self.text.cls_emb is not None:
+            return _embedding(self.text(text))
+        # It cuts its position table to the length of the text, but not its mask.
+        mask = self.text.attn_mask
+        cut = {} if mask is None else {"attn_mask": mask[:length, :length]}
+        return _embedding(torch.func.functional_call(self.text, cut, (text,)))
+
+
+class _FirstPositions:
+    """A tower as `encode_text` reads it, its position table and mask cut to the text's length."""
+
+    def __init__(self, tower: nn.Module, length: int) -> None:
+        self._tower = tower
+        self._length = length
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._tower, name)
+        if value is not None and name == "positional_embedding":
+            return value[: self._length]
+        if value is not None and name == "attn_mask":
+            return value[: self._length, : self._length]
+        return value
 
 
 def _embedding(output: Any) -> Tensor:

@@ -74,20 +74,22 @@ def gptq(
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     inverse_order = torch.argsort(order)
     factor = _inverse_factor(h[order][:, order], _DAMPING * mean)
-    left = weight.float()[:, order].clone()
+    # Channels are rows here: each step works on contiguous memory.
+    left = weight.float().T[order].contiguous()
     rounded = torch.empty_like(left)
-    for begin in range(0, left.shape[1], _COLUMNS):
-        end = min(begin + _COLUMNS, left.shape[1])
-        block, local = left[:, begin:end], factor[begin:end, begin:end]
+    low, high = spec.quant_min - zero_point, spec.quant_max - zero_point
+    for begin in range(0, len(left), _COLUMNS):
+        end = min(begin + _COLUMNS, len(left))
+        block, local = left[begin:end], factor[begin:end, begin:end]
         errors = torch.empty_like(block)
         for i in range(end - begin):
-            column = block[:, i : i + 1]
-            rounded[:, begin + i] = round_to_nearest(column, scale, zero_point, spec)[:, 0]
-            errors[:, i] = (column[:, 0] - rounded[:, begin + i]) / local[i, i]
+            nearest = torch.round(block[i] / scale).clamp_(low, high).mul_(scale)
+            rounded[begin + i] = nearest
+            torch.sub(block[i], nearest, out=errors[i]).div_(local[i, i])
             if i + 1 < end - begin:
-                block[:, i + 1 :] -= errors[:, i, None] * local[i, i + 1 :]
-        left[:, end:] -= errors @ factor[begin:end, end:]
-    return rounded[:, inverse_order]
+                block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1.0)
+        left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1.0)
+    return rounded[inverse_order].T.contiguous()
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:

@@ -37,14 +37,14 @@ def test_bias_leaves_no_mean_error() -> None:
 
 def test_refit_finds_a_linear_change() -> None:
     x, t, change = _tokens(2)
-    found = refit(_sums(x, t), 1e-9)
+    found = refit(_sums(x, t).centred(), 1e-9)
     assert found is not None
     torch.testing.assert_close(found.float(), change, rtol=1e-3, atol=1e-3)
 
 
 def test_a_strong_ridge_changes_little() -> None:
     x, t, change = _tokens(3)
-    found = refit(_sums(x, t), 1e6)
+    found = refit(_sums(x, t).centred(), 1e6)
     assert found is not None
     assert float(found.norm()) < 1e-3 * float(change.norm())
 
@@ -61,14 +61,14 @@ def test_noise_is_not_fitted() -> None:
 def test_fewer_tokens_than_channels_need_a_ridge() -> None:
     x, t, _ = _tokens(5, n=6)
     sums, judge = _sums(x, t), _sums(*_tokens(6)[:2])
-    assert refit(sums, 1e-2) is not None
+    assert refit(sums.centred(), 1e-2) is not None
     chosen, ridge = choose_refit(sums, judge, (1e-2, 1.0))
     assert (chosen is None) == (ridge is None)
 
 
 def test_constant_input_is_refused() -> None:
     x = torch.ones(50, 4)
-    assert refit(_sums(x, torch.randn(50, 2)), 1e-2) is None
+    assert refit(_sums(x, torch.randn(50, 2)).centred(), 1e-2) is None
 
 
 def test_long_inputs_are_summed_in_chunks_of_the_same_total() -> None:

@@ -47,7 +47,7 @@ def test_quantiles_are_right_up_to_half_a_bin() -> None:
     x = _values(2, rows=5000)
     histogram = Histogram(3)
     histogram.add(x)
-    low, high = histogram.quantiles(0.99)
+    ((low, high),) = histogram.quantiles([0.99])
     exact = torch.quantile(x.double(), 0.99, dim=0)
     torch.testing.assert_close(high, exact, rtol=0.04, atol=0.0)
     torch.testing.assert_close(low, torch.quantile(x.double(), 0.01, dim=0), rtol=0.04, atol=0.0)

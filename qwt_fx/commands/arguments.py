@@ -58,6 +58,33 @@ def override(text: str) -> tuple[str, str]:
     return glob, value
 
 
+def remedy(text: str) -> tuple[str, object]:
+    """`NAME=VALUE` of one of the recipe's remedies."""
+    name, equals, value = text.partition("=")
+    known = (*quant.REMEDIES, "token_masks")
+    if not equals or name not in known:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted NAME=VALUE with NAME one of {', '.join(known)}"
+        )
+    parsed = _plain_value(value)
+    try:
+        quant.QuantConfig.from_dict({name: parsed})
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name, parsed
+
+
+def _plain_value(text: str) -> object:
+    if text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL (contract 1.1)."""
     group = parser.add_argument_group("model")
@@ -116,6 +143,21 @@ def add_quant(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--override", action="append", type=override, metavar="GLOB=w8a8|skip", default=[]
     )
+    group.add_argument(
+        "--exceptions",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="8 bits for the most sensitive layers until weights are this share larger (default 0)",
+    )
+    group.add_argument(
+        "--remedy",
+        action="append",
+        type=remedy,
+        metavar="NAME=VALUE",
+        default=[],
+        help=f"set one remedy of the recipe: {', '.join(quant.REMEDIES)}, token_masks",
+    )
     group.add_argument("--config", metavar="FILE.toml", help="any of these flags; flags win")
 
 
@@ -166,4 +208,6 @@ def quant_config(args: argparse.Namespace) -> quant.QuantConfig:
         compensation=args.compensation,
         attention=args.attention,
         overrides=dict(args.override),
+        exceptions=args.exceptions,
+        **dict(args.remedy),
     )

@@ -14,7 +14,7 @@ def config_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     """The file's settings as command-line words, to be put before the real ones.
 
     Keys are long flag names with `-` or `_` (`w-bits = 6`, `qwt = true`); `override` is a table
-    glob -> "w8a8". Raises `ConfigError` naming the file and the key.
+    glob -> "w8a8", `remedy` a table name -> value. Raises `ConfigError` naming the file and the key.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -37,11 +37,18 @@ def config_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     return words
 
 
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _words(path: Path, key: str, value: Any, option: str, action: argparse.Action) -> list[str]:
-    if key == "override":
+    if key in ("override", "remedy"):
         if not isinstance(value, dict):
-            raise ConfigError(f"--config {path}: override: wanted a table glob -> 'w8a8'")
-        return [word for glob, bits in value.items() for word in (option, f"{glob}={bits}")]
+            wanted = "glob -> 'w8a8'" if key == "override" else "name -> value"
+            raise ConfigError(f"--config {path}: {key}: wanted a table {wanted}")
+        return [
+            word for name, entry in value.items() for word in (option, f"{name}={_text(entry)}")
+        ]
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
             raise ConfigError(f"--config {path}: {key}: got {value!r}, wanted true or false")

@@ -1,0 +1,100 @@
+"""8 bits for the layers whose quantization hurts the output most, under a stated budget (W8, W11)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qwt_fx.errors import ConfigError, PreconditionError
+from qwt_fx.fake_quant import FakeQuant
+from qwt_fx.graph import layer_name
+from qwt_fx.layer_groups import LayerGroup, find_groups, weight_quantizer
+from qwt_fx.norms import fake_quant_of
+from qwt_fx.observe import fake_quant_nodes, observe
+from qwt_fx.pass_base import Change, Pass, Skip
+from qwt_fx.runner import as_inputs, check_batches
+from qwt_fx.sensitivity import Sensitivity, measure_sensitivity
+
+BITS = 8
+
+
+@dataclass(frozen=True)
+class RaiseSensitiveLayers(Pass):
+    """Give the most sensitive layers 8 bits, inputs and weights, until the budget is spent.
+
+    Attributes:
+        batches: calibration batches, a list of tuples of tensors (or of tensors).
+        budget: weight bytes that may be added, as a share of the quantized weights' bytes, in [0, 1].
+        samples: samples of the first batch that are used.
+
+    Stands between `InsertObservers` and calibration. Groups of layers are taken by how much of the
+    output's error each byte removes; a group of which only the input has fewer bits costs nothing.
+    Raises `ConfigError` for a budget out of range, `PreconditionError` for a calibrated graph.
+    """
+
+    batches: Any
+    budget: float
+    samples: int = 64
+
+    preserves_fp: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.budget <= 1.0:
+            raise ConfigError(f"RaiseSensitiveLayers.budget: got {self.budget}, wanted 0 to 1")
+
+    def requires(self, gm: GraphModule) -> None:
+        """Observers must be there, and must not have seen data."""
+        nodes = fake_quant_nodes(gm)
+        if not nodes or any(fake_quant_of(gm, n).calibrated for n in nodes):
+            raise PreconditionError(
+                f"{self.name}: wants a graph with observers, not calibrated yet"
+            )
+
+    def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
+        """See the class."""
+        first = tuple(
+            x[: self.samples] if isinstance(x, torch.Tensor) else x
+            for x in as_inputs(check_batches(self.batches)[0])
+        )
+        # Ranges per channel: what both recipes make of the channels later comes close to that.
+        trial = observe(copy.deepcopy(gm), [first])
+        measured = measure_sensitivity(trial, first)
+        groups = {tuple(layer_name(n) for n in g.layers): g for g in find_groups(gm) if g.layers}
+        total = sum(s.weights * s.weight_bits for s in measured if s.weight_bits is not None) / 8
+        for sensitivity, cost in choose(measured, self.budget * total):
+            _raise(gm, groups[sensitivity.layers])
+            yield Change(
+                ", ".join(sensitivity.layers),
+                f"{BITS} bits: {sensitivity.error:.3g} of the output's energy lost before, "
+                f"{cost:.0f} bytes more",
+            )
+
+
+def choose(measured: Sequence[Sensitivity], budget: float) -> list[tuple[Sensitivity, float]]:
+    """The groups to raise and what each costs in bytes; the sum stays within the budget."""
+    offers = []
+    for one in measured:
+        cost = 0.0 if one.weight_bits is None else one.weights * (BITS - one.weight_bits) / 8
+        raisable = cost > 0.0 or (one.input_bits or BITS) < BITS
+        if raisable:
+            offers.append((one.error / max(cost, 1.0), one, cost))
+    chosen, left = [], budget
+    for _, one, cost in sorted(offers, key=lambda offer: -offer[0]):
+        if cost <= left and budget > 0.0:
+            chosen.append((one, cost))
+            left -= cost
+    return chosen
+
+
+def _raise(gm: GraphModule, group: LayerGroup) -> None:
+    modules: list[FakeQuant] = []
+    if isinstance(group.quantizer, Node):
+        modules.append(fake_quant_of(gm, group.quantizer))
+    modules += [m for n in group.layers if (m := weight_quantizer(gm, n)) is not None]
+    for module in modules:
+        module.spec = replace(module.spec, bits=BITS)

@@ -1,0 +1,50 @@
+"""The two lengths of a text tower's graph: any at run time, the whole context in its records.
+
+Passes read the shapes recorded at capture (`node.meta["val"]`) to tell samples from positions and
+calibrate on whole contexts. So a graph of dynamic length records the shapes of full length, with
+the batch as its only symbol, exactly as a graph of fixed length does; only its input has both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from qwt_fx.runner import placeholders
+
+_SHORTEST = 3  # a context below this holds no text
+
+
+def text_ids(inputs: Iterable[Any]) -> Tensor | None:
+    """The input, when it is one tensor of token ids (n, context) int; else `None`."""
+    values = list(inputs)
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        return None
+    (ids,) = values
+    integer = ids.dtype in (torch.int64, torch.int32)
+    return ids if integer and ids.dim() == 2 and ids.shape[1] >= _SHORTEST else None
+
+
+def record_full_length(gm: GraphModule, ids: Tensor) -> None:
+    """Record the shapes that ids of full length (n, context) give, with a symbol for n.
+
+    The ids themselves keep both symbols: torch checks inputs against them, and is told here that
+    the whole context is as good as less.
+    """
+    (source,) = placeholders(gm)
+    example = source.meta["val"]
+    batch, length = example.shape
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=example.fake_mode.shape_env)
+    with mode:
+        full = torch.empty((batch, ids.shape[1]), dtype=ids.dtype, device=ids.device)
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(full)
+    source.meta["val"] = example
+    constraints: Any = gm.range_constraints
+    constraints[length.node.expr] = ValueRanges(1, ids.shape[1])
