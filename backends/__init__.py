@@ -26,10 +26,12 @@ def backend_for(name: str, **options: Any) -> Backend:
     if name not in _BACKENDS:
         raise ConfigError(f"backend: got {name!r}, wanted one of {', '.join(_BACKENDS)}")
     backend = _BACKENDS[name]
-    known = [f.name for f in fields(backend)] if is_dataclass(backend) else []
-    if unknown := sorted(options.keys() - set(known)):
+    options_of: list[str] = []
+    if is_dataclass(backend):
+        options_of = [f.name for f in fields(backend)]
+    if unknown := sorted(options.keys() - set(options_of)):
         raise ConfigError(
-            f"backend {name!r}: got option {unknown[0]!r}, wanted {', '.join(known) or 'none'}"
+            f"backend {name!r}: got option {unknown[0]!r}, wanted {', '.join(options_of) or 'none'}"
         )
     return backend(**options)
 

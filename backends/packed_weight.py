@@ -36,7 +36,7 @@ class PackedWeight(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._packed = None
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._packed = None

@@ -1,7 +1,7 @@
 """The x86 backend: linears and patch embeddings in oneDNN's u8 x s8 kernels, the rest for Inductor.
 
 The lowered graph runs as it is, and under `qwt_fx.backends.compiled.compile_graph`, which fuses what
-is between the products. See docs/backends.md for what is exact and what this CPU does.
+is between the products. See docs/x86.md for what is exact and what this CPU does.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _fuse(gm: GraphModule, product: Node) -> None:
 def _activation(product: Node) -> tuple[str, Node]:
     reader = _only_reader(product)
     if reader is not None and reader.op == "call_function" and reader.target in _SINGLE:
-        return _SINGLE[reader.target], reader  # type: ignore[index]
+        return _SINGLE[reader.target], reader
     return fused_activation(product)
 
 

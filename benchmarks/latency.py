@@ -60,7 +60,9 @@ def quantize(tower: str, module: nn.Module, bits: str, samples: int) -> Any:
     weight, activation = (int(b) for b in bits.split("/"))
     batch = inputs(tower, samples, seed=1)
     config = QuantConfig(w_bits=weight, a_bits=activation)
-    return api.quantize(module, (batch[:2],), [batch[: samples // 2], batch[samples // 2 :]], config)
+    return api.quantize(
+        module, (batch[:2],), [batch[: samples // 2], batch[samples // 2 :]], config
+    )
 
 
 def quantize_static(tower: str, module: nn.Module, folder: Path, threads: int) -> Run:
@@ -108,7 +110,7 @@ def sides(tower: str, module: nn.Module, args: argparse.Namespace, folder: Path)
         runs["onnxruntime quantize_static"] = quantize_static(tower, module, folder, args.threads)
     return {
         "runs": runs,
-        "any_length": getattr(graph_info(quantized), "end_of_text", None) is not None,
+        "any_length": graph_info(quantized).end_of_text is not None,
         "sqnr_db_against_eager": parity,
         "integer_layers": sum(k.integer for k in kernels),
         "layers": len(kernels),
@@ -178,7 +180,9 @@ def main() -> None:
          f"{1e3 * r['p90_seconds']:.1f}", f"{r['speedup']:.2f}"]
         for r in rows
     ]  # fmt: skip
-    print(tabulate(table, ["tower", "batch", "tokens", "runtime", "median ms", "p90 ms", "speedup"]))
+    print(
+        tabulate(table, ["tower", "batch", "tokens", "runtime", "median ms", "p90 ms", "speedup"])
+    )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ from qwt_fx.report import build_report
 from qwt_fx.runner import check_batches
 
 __all__ = [
-    "calibrate", "capture", "compensations", "convert", "kernel_audit", "load", "lower", "observe", "prepare",
-    "qparams", "quantize", "report", "save", "simulate",
+    "calibrate", "capture", "compensations", "convert", "kernel_audit", "load", "lower", "observe",
+    "prepare", "qparams", "quantize", "report", "save", "simulate",
 ]  # fmt: skip
 
 Seconds = dict[str, float]
@@ -195,7 +195,7 @@ def quantize(
 
 
 def lower(quantized: GraphModule, backend: str = "eager", **options: Any) -> GraphModule:
-    """Lower a converted graph to a backend: "eager" or "x86"; see docs/backends.md for options.
+    """Lower a converted graph to a backend: "eager" or "x86".
 
     Raises `ConfigError` for an unknown backend or option.
     """
@@ -241,8 +241,8 @@ def compensations(quantized: GraphModule) -> dict[str, dict[str, Any]]:
 def report(quantized: GraphModule) -> dict[str, Any]:
     """The report of one quantized graph, every key of report.json, `None` where not measured."""
     config = config_of(quantized)
-    known = {"size": {"compensation_bytes": compensation_bytes(quantized)}}
-    return build_report({"model": quantized}, config, **known)
+    size = {"compensation_bytes": compensation_bytes(quantized)}
+    return build_report({"model": quantized}, config, size=size)
 
 
 def save(quantized: GraphModule, path: str | PathLike[str], *, force: bool = False) -> None:

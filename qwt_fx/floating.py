@@ -30,7 +30,7 @@ def floating_graph(converted: GraphModule) -> GraphModule:
     for node in list(gm.graph.nodes):
         source = node.args[0] if node.args else None
         if is_call(node, _DEQUANTIZE) and is_call(source, _QUANTIZE):
-            node.replace_all_uses_with(source.args[0])  # type: ignore[union-attr,arg-type]
+            node.replace_all_uses_with(source.args[0])  # type: ignore[union-attr]
         elif is_call(node, _SIMULATE):
             node.replace_all_uses_with(source)
         elif is_call(node, {torch_ao.DEQUANTIZE_PER_CHANNEL}) and is_constant(node):

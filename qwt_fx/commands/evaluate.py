@@ -19,6 +19,7 @@ from qwt_fx.commands.pipeline import TOWERS, metrics_of
 from qwt_fx.commands.screen import ACCURACY_HEADERS, Screen, accuracy_rows
 from qwt_fx.config import QuantConfig
 from qwt_fx.errors import ConfigError
+from qwt_fx.kernel_audit import LayerKernel, refuse_if_float
 from qwt_fx.output import OutputDirectory, write_text_atomic
 from qwt_fx.report import build_report, to_json
 
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--artifact", metavar="DIR", help="what quantize wrote")
     add_model(parser)
     add_eval(parser)
-    parser.add_argument("--backend", default="eager", help="eager (default)")
+    parser.add_argument("--backend", default="eager", help="eager (default), x86")
     parser.add_argument("--report", metavar="FILE", help="write report.json here")
     parser.add_argument("--batch-size", type=positive, default=128, metavar="B")
     parser.add_argument("--workers", type=natural, default=0, metavar="N")
@@ -76,7 +77,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     screen = Screen(args.quiet)
     artifact = None if args.artifact is None else read_artifact(Path(args.artifact))
     floating = None if args.model is None else load_model(args)
-    loaded = None if artifact is None else clip.from_artifact(artifact, device=device_of(args))
+    loaded = None if artifact is None else clip.from_artifact(artifact, device=_device(args))
     model = floating or loaded
     if model is None:  # run() checked; fp32_eval needs --model
         raise ConfigError("--model is needed: an open_clip name or a config JSON")
@@ -87,12 +88,13 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     towers: tuple[str, ...] = ()
     classifier = FLOATING_CLASSIFIER
     graphs: dict[str, Any] = {}
+    kernels: dict[str, list[LayerKernel]] = {}
     if floating is not None:
         reference = evaluation.features(_towers(floating), screen, "FP32")
     if artifact is not None and loaded is not None:
         towers, classifier = _quantized_part(artifact)
         graphs = {tower: artifact.towers[tower] for tower in towers}
-        lowered = {t: api.lower(artifact.towers[t], args.backend).to(loaded.device) for t in TOWERS}
+        lowered, kernels = _lower(artifact, towers, args.backend, loaded.device)
         quantized = evaluation.features(lowered, screen, "quantized")
     metrics = metrics_of(evaluation, reference, quantized, towers, classifier)
     elapsed = time.perf_counter() - begun
@@ -100,11 +102,31 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return build_report(
         graphs,
         config,
+        kernels,
         model=model.name,
         pretrained=model.pretrained,
         metrics=metrics,
         seconds={"evaluate": elapsed, "total": elapsed},
     )
+
+
+def _device(args: argparse.Namespace) -> str:
+    """Where the artifact's towers run. x86 means the CPU, also where a GPU is."""
+    return "cpu" if args.backend == "x86" and args.device == "auto" else device_of(args)
+
+
+def _lower(
+    artifact: Artifact, quantized: tuple[str, ...], backend: str, device: str
+) -> tuple[dict[str, nn.Module], dict[str, list[LayerKernel]]]:
+    """Both towers as the backend runs them, and what computes each layer of the quantized ones.
+
+    Raises `PreconditionError` where a backend of integer kernels runs nothing in them.
+    """
+    lowered = {t: api.lower(artifact.towers[t], backend).to(device) for t in TOWERS}
+    kernels = {t: api.kernel_audit(lowered[t]) for t in quantized}
+    if backend != "eager":
+        refuse_if_float([k for found in kernels.values() for k in found], f"--backend {backend}")
+    return dict(lowered), kernels
 
 
 def _towers(model: ClipModel) -> dict[str, nn.Module]:
