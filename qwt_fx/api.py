@@ -195,7 +195,9 @@ def quantize(
 
 
 def lower(quantized: GraphModule, backend: str = "eager", **options: Any) -> GraphModule:
-    """Lower a converted graph to a backend: "eager" or "x86".
+    """Lower a converted graph to a backend: "eager", "x86" or "cuda".
+
+    See docs/x86.md and docs/backends.md for what they do and for options.
 
     Raises `ConfigError` for an unknown backend or option.
     """

@@ -16,6 +16,7 @@ from qwt_fx.graph import compute_nodes, graph_info, layer_name
 from qwt_fx.kernel_audit import LayerKernel
 from qwt_fx.quantizers import operand_bits
 from qwt_fx.recipes import recipe_for
+from qwt_fx.retrieval import CROSS_RECALLS, CROSS_SIDES, RECALLS, RETRIEVAL_COUNTS
 from qwt_fx.version import __version__
 
 SCHEMA = 1
@@ -116,23 +117,31 @@ def empty_report() -> dict[str, Any]:
             "bytes_read": None,
         },
         "metrics": {
-            "fp32": {"acc1": None, "acc5": None, "n": None},
-            "quantized": {
-                "acc1": None,
-                "acc1_ci": None,
-                "acc5": None,
-                "n": None,
+            "fp32": _accuracies(),
+            "quantized": _accuracies()
+            | {
                 "agreement": None,
+                "acc1_drop_ci": None,
+                "mcnemar": {"only_fp32": None, "only_quantized": None, "p": None},
                 "embedding_sqnr_db": {"image": None, "text": None},
             },
+            "cross_precision": {side: dict.fromkeys(CROSS_RECALLS) for side in CROSS_SIDES},
+            "retrieval": dict.fromkeys(RETRIEVAL_COUNTS),
         },
         "size": {"fp32_bytes": None, "quantized_bytes": None, "compensation_bytes": None},
         "seconds": dict.fromkeys(PHASES),
         "peak_rss_bytes": None,
+        "run": {"digest": None, "settings": None},
         "layers": [],
         "blocks": [],
         "skips": [],
     }
+
+
+def _accuracies() -> dict[str, Any]:
+    """What is measured of each model alone."""
+    keys = ("acc1", "acc1_ci", "acc5", "mean_per_class_recall", "n", *RECALLS)
+    return dict.fromkeys(keys)
 
 
 def build_report(
