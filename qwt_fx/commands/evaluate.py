@@ -26,6 +26,7 @@ from qwt_fx.config import QuantConfig
 from qwt_fx.errors import ConfigError
 from qwt_fx.evaluate import Features
 from qwt_fx.feature_store import FeatureStore
+from qwt_fx.kernel_audit import LayerKernel, refuse_if_float
 from qwt_fx.output import PARTIAL_SUFFIX, REPORT, OutputDirectory, write_text_atomic
 from qwt_fx.report import build_report, to_json
 
@@ -48,7 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--artifact", metavar="DIR", help="what quantize wrote")
     add_model(parser)
     add_eval(parser)
-    parser.add_argument("--backend", default="eager", help="eager (default) or cuda")
+    parser.add_argument("--backend", default="eager", help="eager (default), x86 or cuda")
     parser.add_argument("--report", metavar="FILE", help="write report.json here")
     parser.add_argument(
         "--resume",
@@ -119,23 +120,40 @@ class _Sides:
             raise ConfigError("--model is needed: an open_clip name or a config JSON")
         return model
 
-    def towers(self, backend: str) -> dict[str, dict[str, nn.Module]]:
-        """Towers of each side, ready to run."""
+    def towers(self, lowered: dict[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+        """Towers of each side, ready to run; `lowered` are the artifact's."""
         found: dict[str, dict[str, nn.Module]] = {}
         if self.floating is not None:
             found["fp32"] = {"image": self.floating.image, "text": self.floating.text}
-        if self.artifact is not None and self.loaded is not None:
-            found["quantized"] = {
-                tower: api.lower(self.artifact.towers[tower], backend).to(self.loaded.device)
-                for tower in TOWERS
-            }
+        if lowered:
+            found["quantized"] = lowered
         return found
+
+    def lower(
+        self, backend: str, quantized: tuple[str, ...]
+    ) -> tuple[dict[str, nn.Module], dict[str, list[LayerKernel]]]:
+        """The artifact's towers as the backend runs them, and what computes the layers of the
+        quantized ones. Raises `PreconditionError` where a backend of integers runs none."""
+        if self.artifact is None or self.loaded is None:
+            return {}, {}
+        lowered = {
+            t: api.lower(self.artifact.towers[t], backend).to(self.loaded.device) for t in TOWERS
+        }
+        kernels = {t: api.kernel_audit(lowered[t]) for t in quantized}
+        if backend != "eager":
+            refuse_if_float([k for found in kernels.values() for k in found], f"backend {backend}")
+        return dict(lowered), kernels
+
+
+def _device(args: argparse.Namespace) -> str:
+    """Where the artifact's towers run. x86 means the CPU, also where a GPU is."""
+    return "cpu" if args.backend == "x86" and args.device == "auto" else device_of(args)
 
 
 def _open_sides(args: argparse.Namespace) -> _Sides:
     artifact = None if args.artifact is None else read_artifact(Path(args.artifact))
     floating = None if args.model is None else load_model(args)
-    loaded = None if artifact is None else clip.from_artifact(artifact, device=device_of(args))
+    loaded = None if artifact is None else clip.from_artifact(artifact, device=_device(args))
     return _Sides(floating, artifact, loaded)
 
 
@@ -151,13 +169,13 @@ def _evaluate(
     classifier = FLOATING_CLASSIFIER
     if artifact is not None:
         towers, classifier = _quantized_part(artifact)
-    metrics = _metrics(
-        evaluation, retrieval, sides.towers(args.backend), towers, classifier, screen
-    )
+    lowered, kernels = sides.lower(args.backend, towers)
+    metrics = _metrics(evaluation, retrieval, sides.towers(lowered), towers, classifier, screen)
     elapsed = time.perf_counter() - begun
     return build_report(
         {} if artifact is None else {tower: artifact.towers[tower] for tower in towers},
         None if artifact is None else QuantConfig.from_dict(artifact.config),
+        kernels,
         model=model.name,
         pretrained=model.pretrained,
         metrics=metrics,
