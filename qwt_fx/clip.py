@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qwt_fx.artifact import Artifact, read_artifact
 from qwt_fx.checkpoints import load_weights, read_checkpoint
+from qwt_fx.clip_encoder import ClipEncoder
 from qwt_fx.errors import ArtifactError, ConfigError, MissingExtraError, ModelError
 from qwt_fx.model_source import ModelSource, find_source, first_line
 from qwt_fx.towers import ImageTower, TextTower
@@ -154,6 +155,27 @@ def load(
         tokenizer_config=source.tokenizer,
         device=str(device),
     )
+
+
+def load_clip_benchmark(
+    model_name: str | PathLike[str],
+    pretrained: str | PathLike[str] | None = None,
+    cache_dir: str | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[ClipEncoder, Transform, Tokenizer]:
+    """A model or an artifact as (model, transform, tokenizer), as CLIP_benchmark loads its own.
+
+    The arguments are those of its loading functions, so that one line adds this one to them:
+    `TYPE2FUNC["qwt-fx"] = qwt_fx.clip.load_clip_benchmark`. `model` has open_clip's `encode_image`,
+    `encode_text` and call. An empty `pretrained` is none: an artifact holds its weights.
+
+    Raises as `load`, and `ConfigError` for a `cache_dir`: set HF_HOME for that.
+    """
+    if cache_dir:
+        raise ConfigError(f"cache_dir: got {cache_dir!r}, wanted none; set HF_HOME instead")
+    model = load(model_name, pretrained or None, device=device)
+    encoder = ClipEncoder(model.image, model.text, model.logit_scale).to(device)
+    return encoder, model.transform, model.tokenizer
 
 
 def _open_clip_model(source: ModelSource, allow_torchscript: bool) -> nn.Module:

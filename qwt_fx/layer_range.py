@@ -33,6 +33,9 @@ aten = torch.ops.aten
 
 _APART = 4.0  # a position this many times larger than the median one may get its own scale ...
 _WORTH = 0.7  # ... where that leaves at most this share of the error
+# At so many bits a product of the input gains little, and kernels that fuse an activation function
+# with the next quantizer cannot fuse across it.
+_FINE_ENOUGH = 8
 
 
 def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[LayerGroup, str]:
@@ -47,7 +50,7 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[
     done, rescale = "one range", None
     if linears and len(linears) == len(group.layers) and not group.shared:
         rescale, done = _move_upstream(walk, group, histogram, spec)
-        if rescale is None and walk.remedies.input_scales:
+        if rescale is None and walk.remedies.input_scales and spec.bits < _FINE_ENOUGH:
             group, rescale = _multiply_input(walk, group, histogram, spec)
             done = "one range" if rescale is None else "moved into a product of the input"
         if rescale is not None:

@@ -181,6 +181,26 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--imagenet-val", metavar="DIR", help="class folders with images")
     group.add_argument("--classnames", metavar="FILE", help="one per line, sorted-folder order")
     group.add_argument("--templates", metavar="FILE", help="one per line, with {}")
+    group.add_argument(
+        "--class-map",
+        metavar="FILE|index",
+        help="class of each folder: lines FOLDER INDEX or JSON; index: the folders' names are it",
+    )
+    group.add_argument(
+        "--retrieval-data", metavar="SPEC", help="shards of images with one caption a line"
+    )
+    group.add_argument(
+        "--dataset-name", metavar="NAME", help="of the data, in --clip-benchmark-json"
+    )
+    group.add_argument(
+        "--clip-benchmark-json",
+        metavar="FILE",
+        help="results as CLIP_benchmark writes them; {dataset}, {model}, {pretrained}, {task} in "
+        "the name are filled in",
+    )
+    group.add_argument(
+        "--skip-existing", action="store_true", help="keep a report of the same settings and data"
+    )
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
