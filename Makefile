@@ -28,11 +28,7 @@ test: check
 # What could go wrong, every tier (docs/reliability.md).
 faults: environment
 	@echo "== tests: faults"
-	@mkdir -p build
-	@export OMP_NUM_THREADS=1; \
-	$(RUN) $(VENV)/bin/python -m pytest -m "not gpu" $(FAULTS) > build/faults.log 2>&1 & \
-	$(RUN) $(VENV)/bin/python -m pytest -m "not gpu" --durations=10 tests/faults; first=$$?; \
-	wait $$!; second=$$?; cat build/faults.log; [ $$first = 0 ] && [ $$second = 0 ]
+	@$(call PYTEST,$(VENV)) -m "not gpu" --durations=10 tests/faults $(FAULTS)
 
 check: lint types layering
 
