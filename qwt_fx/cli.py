@@ -17,7 +17,7 @@ from types import FrameType
 
 import torch
 
-from qwt_fx.commands import demo, evaluate, inspect, quantize
+from qwt_fx.commands import demo, evaluate, export, inspect, quantize
 from qwt_fx.commands.config_file import config_arguments
 from qwt_fx.errors import CheckFailed, QwtError
 from qwt_fx.version import __version__
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qwt-fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, quantize, evaluate, inspect):
+    for module in (demo, quantize, evaluate, export, inspect):
         module.add_parser(commands)
     return parser
 
