@@ -6,9 +6,16 @@ MIN := .venv-min
 # An active environment or PYTHONPATH must not get in the way.
 RUN := env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV
 FAST := -m "not slow and not gpu"
+# Two processes of one thread each are faster than one of two; whole files stay in one process, which
+# keeps what their tests share.
+JOBS ?= 2
+PYTEST = env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV OMP_NUM_THREADS=1 \
+  $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
 FULL_LOG := benchmarks/results/test-full.log
+FAULTS := $(addprefix tests/test_,$(addsuffix .py,artifact graph_json checkpoints output shards \
+  tar_shard stream_shard shard_index decoding captions data classes))
 
-.PHONY: demo test check lint types layering test-full test-min bench environment clean
+.PHONY: demo test faults check lint types layering test-full test-min bench environment clean
 .NOTPARALLEL:
 
 demo: environment
@@ -16,7 +23,12 @@ demo: environment
 
 test: check
 	@echo "== tests: fast tier"
-	@$(RUN) $(VENV)/bin/python -m pytest $(FAST)
+	@$(call PYTEST,$(VENV)) $(FAST)
+
+# What could go wrong, every tier (docs/reliability.md).
+faults: environment
+	@echo "== tests: faults"
+	@$(call PYTEST,$(VENV)) -m "not gpu" --durations=10 tests/faults $(FAULTS)
 
 check: lint types layering
 
@@ -43,14 +55,14 @@ layering: environment
 test-full: check
 	@echo "== tests: every tier"
 	@mkdir -p $(dir $(FULL_LOG))
-	@$(RUN) $(VENV)/bin/python -m pytest -rs --durations=15 > $(FULL_LOG) 2>&1; \
+	@$(call PYTEST,$(VENV)) -rs --durations=15 > $(FULL_LOG) 2>&1; \
 	  status=$$?; tail -n 40 $(FULL_LOG); exit $$status
 
 # The oldest supported versions, in an environment of their own.
 test-min:
 	@PYTHON="$(PYTHON)" bash scripts/environment.sh $(MIN) scripts/constraints-min.txt
 	@echo "== tests: fast tier, oldest versions"
-	@$(RUN) $(MIN)/bin/python -m pytest $(FAST)
+	@$(call PYTEST,$(MIN)) $(FAST)
 
 bench: environment
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \

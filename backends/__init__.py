@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
 from qwt_fx.backends.base import Backend
+from qwt_fx.backends.cuda import Cuda
 from qwt_fx.backends.eager import Eager
-from qwt_fx.errors import ConfigError
+from qwt_fx.backends.x86 import X86
+from qwt_fx.errors import ConfigError, PreconditionError
+from qwt_fx.kernel_audit import LayerKernel
 
-_BACKENDS: dict[str, Backend] = {"eager": Eager()}
+_BACKENDS: dict[str, Callable[..., Backend]] = {"eager": Eager, "x86": X86, "cuda": Cuda}
+_KEY = "qwt_fx_backend"  # gm.meta of a lowered graph: the name of its backend
 
 
-def backend_for(name: str) -> Backend:
-    """The backend with this name. Raises `ConfigError` for an unknown one."""
+def backend_for(name: str, **options: Any) -> Backend:
+    """The backend with this name, its options being fields of its class.
+
+    Raises `ConfigError` for an unknown name, option or value.
+    """
     if name not in _BACKENDS:
         raise ConfigError(f"backend: got {name!r}, wanted one of {', '.join(_BACKENDS)}")
-    return _BACKENDS[name]
+    backend = _BACKENDS[name]
+    options_of: list[str] = []
+    if is_dataclass(backend):
+        options_of = [f.name for f in fields(backend)]
+    if unknown := sorted(options.keys() - set(options_of)):
+        raise ConfigError(
+            f"backend {name!r}: got option {unknown[0]!r}, wanted {', '.join(options_of) or 'none'}"
+        )
+    return backend(**options)
+
+
+def lower_to(quantized: GraphModule, name: str, **options: Any) -> GraphModule:
+    """Lower a converted graph by the backend with this name, which the result remembers."""
+    lowered = backend_for(name, **options).lower(quantized)
+    lowered.meta[_KEY] = name
+    return lowered
+
+
+def audit_of(lowered: GraphModule) -> list[LayerKernel]:
+    """What computes each layer of a graph from `lower_to`.
+
+    Raises `PreconditionError` for another graph.
+    """
+    name = lowered.meta.get(_KEY)
+    if not isinstance(name, str):
+        raise PreconditionError("this graph was not lowered: call qwt_fx.lower(q, backend) first")
+    return backend_for(name).audit(lowered)

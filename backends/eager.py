@@ -7,7 +7,8 @@ import copy
 from torch.fx import GraphModule
 
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph import graph_info
+from qwt_fx.graph import compute_nodes, graph_info, layer_name
+from qwt_fx.kernel_audit import LayerKernel
 
 
 class Eager:
@@ -21,3 +22,11 @@ class Eager:
         if reason := graph_info(quantized).unstorable:
             raise PreconditionError(f"cannot lower: {reason}")
         return copy.deepcopy(quantized)
+
+    def audit(self, lowered: GraphModule) -> list[LayerKernel]:
+        """Every layer in floating point: its operands are dequantized first."""
+        reason = "operands are dequantized before the product"
+        return [
+            LayerKernel(layer_name(node), False, str(node.target), reason)
+            for node in compute_nodes(lowered)
+        ]

@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from qwt_fx.fake_quant import Mode
+from qwt_fx.errors import DataError
+from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.gram import LayerSums
-from qwt_fx.graph import layer_name
+from qwt_fx.graph import add_module, layer_name
 from qwt_fx.layer_fit import FittedLayer, fit_layer
 from qwt_fx.layer_groups import LayerGroup, can_be_rows, find_groups, weight_quantizer
 from qwt_fx.layer_range import fit_range
@@ -73,12 +74,28 @@ class CalibrateLayers(Pass):
 
 
 def _weights_next_to_layers(gm: GraphModule) -> None:
-    """Weights are quantized just before they are used, not all at the start of a run."""
+    """Weights are quantized just before they are used, not all at the start of a run.
+
+    Layers that share a weight get a quantizer each, as each will get a weight of its own.
+    """
     for node in [n for n in gm.graph.nodes if is_fake_quant(gm, n)]:
         source = node.args[0]
         if isinstance(source, Node) and source.op == "get_attr" and node.users:
-            first = next(n for n in gm.graph.nodes if n in node.users)
+            first, *others = [n for n in gm.graph.nodes if n in node.users]
             first.prepend(node)
+            for user in others:
+                _own_quantizer(gm, node, user)
+
+
+def _own_quantizer(gm: GraphModule, node: Node, user: Node) -> None:
+    """A copy of the weight quantizer at `node` for one of its readers."""
+    shared = fake_quant_of(gm, node)
+    module = FakeQuant(shared.spec, f"{layer_name(user)}.weight")
+    module.mode = shared.mode
+    with gm.graph.inserting_before(user):
+        call = gm.graph.call_module(add_module(gm, "fake_quant_0", module), node.args)
+    call.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+    user.replace_input_with(node, call)
 
 
 def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
@@ -102,6 +119,11 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
 
 
 def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> FittedLayer:
+    if not all(part.finite for part in sums):
+        raise DataError(
+            f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of squares "
+            "overflow; check the weights and the calibration inputs"
+        )
     weight, bias = weight_and_bias(walk.gm, layer)
     module = weight_quantizer(walk.gm, layer)
     spec = None if module is None else module.spec

@@ -44,15 +44,15 @@ class ChooseSoftmaxQuantizer(Pass):
 
         def visit(node: Node, env: Env) -> None:
             if node in products:
-                module, values = products[node]
-                found.append(_choose(module, env[node.args[0]], env[values], node))
+                module, probabilities, values = products[node]
+                found.append(_choose(module, env[probabilities], env[values]))
 
         run_all(gm, first, visit)
         yield from found
 
 
-def _products(gm: GraphModule) -> Iterator[tuple[Node, tuple[FakeQuant, Node]]]:
-    """Each product of quantized probabilities with values: its quantizer and the values."""
+def _products(gm: GraphModule) -> Iterator[tuple[Node, tuple[FakeQuant, Node, Node]]]:
+    """Each product of quantized probabilities with values: its quantizer and both factors."""
     for node in gm.graph.nodes:
         if not is_call(node, MATMULS) or not isinstance(node.args[0], Node):
             continue
@@ -68,10 +68,10 @@ def _products(gm: GraphModule) -> Iterator[tuple[Node, tuple[FakeQuant, Node]]]:
         if module.calibrated:
             raise PreconditionError(f"{module.name} is calibrated: choose its codes before that")
         assert isinstance(node.args[1], Node)  # a product of two activations
-        yield node, (module, node.args[1])
+        yield node, (module, node.args[0], node.args[1])
 
 
-def _choose(module: FakeQuant, probabilities: Tensor, values: Tensor, node: Node) -> Change:
+def _choose(module: FakeQuant, probabilities: Tensor, values: Tensor) -> Change:
     """Give the quantizer the scheme with the lesser error; it stays uncalibrated."""
     errors = {}
     for scheme in (LOG_SQRT2, AFFINE):

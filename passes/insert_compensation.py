@@ -21,7 +21,7 @@ from qwt_fx.channel_affine import AffineFit
 from qwt_fx.compensation_kind import parse_compensation
 from qwt_fx.compensation_sites import NoSite
 from qwt_fx.compensators import Compensator, Site, compensator
-from qwt_fx.errors import ConfigError, PreconditionError
+from qwt_fx.errors import ConfigError, DataError, PreconditionError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import Block, find_node, graph_info
 from qwt_fx.hold_out import held_out_samples
@@ -53,7 +53,8 @@ class InsertCompensation(Pass):
             half precision stays in float32.
         progress: called as progress(blocks done, blocks).
 
-    A block compensated before is skipped. Raises `ConfigError` for an unknown kind or target,
+    A block compensated before is skipped. Raises `DataError` naming the block for values that are not
+    finite, `ConfigError` for an unknown kind or target,
     `PreconditionError` when the graphs' blocks differ or a quantizer has not been observed.
     """
 
@@ -195,6 +196,11 @@ class _Walk:
         for env, target, (fits, judges) in zip(envs, targets, rows, strict=True):
             x = site.regressor_value(env[site.regressor]).reshape(-1, width)
             error = (target - env[site.result]).reshape(-1, outputs)
+            if not bool(torch.isfinite(x).all() and torch.isfinite(error).all()):
+                raise DataError(
+                    f"{site.name}: NaN or infinite values in this block's input or output; check the "
+                    "weights and the calibration inputs"
+                )
             for sums, chosen in ((train, fits), (judge, judges)):
                 if bool(chosen.any()):
                     sums.add(x[chosen], error[chosen])

@@ -152,7 +152,10 @@ class InsertObservers(Pass):
         key = (source, spec)
         if key not in shared:
             target = add_module(gm, "fake_quant_0", FakeQuant(spec, name))
-            with gm.graph.inserting_after(source):
+            # A parameter may be read before the inputs, which come before every operator.
+            inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+            after = inputs[-1] if source.op == "get_attr" and source < inputs[-1] else source
+            with gm.graph.inserting_after(after):
                 call = gm.graph.call_module(target, (source,))
             call.meta = {k: v for k, v in source.meta.items() if k in ("val", "nn_module_stack")}
             shared[key] = call

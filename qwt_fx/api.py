@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qwt_fx.artifact import load_graph, save_graph
-from qwt_fx.backends import backend_for
+from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.exports import export_graph
 from qwt_fx.capture import capture
 from qwt_fx.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import graph_info, set_graph_info
+from qwt_fx.kernel_audit import LayerKernel
 from qwt_fx.measure import measure_layers
 from qwt_fx.norms import fake_quant_of
-from qwt_fx.observe import config_of, fake_quant_nodes, observe, set_mode
+from qwt_fx.observe import check_parameters, config_of, fake_quant_nodes, observe, set_mode
 from qwt_fx.pass_base import Pass, PassManager, clean_up
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
 from qwt_fx.passes.choose_softmax_quantizer import ChooseSoftmaxQuantizer
@@ -47,8 +48,8 @@ from qwt_fx.report import build_report
 from qwt_fx.runner import check_batches
 
 __all__ = [
-    "calibrate", "capture", "compensations", "convert", "export", "load", "lower", "observe", "prepare",
-    "qparams", "quantize", "report", "save", "simulate",
+    "calibrate", "capture", "compensations", "convert", "export", "kernel_audit", "load", "lower",
+    "observe", "prepare", "qparams", "quantize", "report", "save", "simulate",
 ]  # fmt: skip
 
 Seconds = dict[str, float]
@@ -108,8 +109,10 @@ def calibrate(
             "reparameterize" and "compensate".
         progress: called as progress(phase, done, total).
 
-    Raises `DataError` for a generator, no batch, or values that are not finite.
+    Raises `DataError` for a generator, no batch, or values that are not finite, parameters included;
+    the message names the parameter or the layer.
     """
+    check_parameters(prepared)
     config = config_of(prepared)
     recipe = recipe_for(config)
     listed = check_batches(batches)
@@ -194,9 +197,22 @@ def quantize(
     return convert(calibrate(prepared, batches, seconds=seconds, progress=progress))
 
 
-def lower(quantized: GraphModule, backend: str = "eager") -> GraphModule:
-    """Lower a converted graph to a backend. Raises `ConfigError` for an unknown one."""
-    return backend_for(backend).lower(quantized)
+def lower(quantized: GraphModule, backend: str = "eager", **options: Any) -> GraphModule:
+    """Lower a converted graph to a backend: "eager", "x86" or "cuda".
+
+    See docs/x86.md and docs/backends.md for what they do and for options.
+
+    Raises `ConfigError` for an unknown backend or option.
+    """
+    return lower_to(quantized, backend, **options)
+
+
+def kernel_audit(lowered: GraphModule) -> list[LayerKernel]:
+    """What computes each layer of a graph from `lower`: integer or not, by which kernel, why not.
+
+    Raises `PreconditionError` for a graph that was not lowered.
+    """
+    return audit_of(lowered)
 
 
 def simulate(calibrated: GraphModule, on: bool) -> GraphModule:
@@ -230,8 +246,8 @@ def compensations(quantized: GraphModule) -> dict[str, dict[str, Any]]:
 def report(quantized: GraphModule) -> dict[str, Any]:
     """The report of one quantized graph, every key of report.json, `None` where not measured."""
     config = config_of(quantized)
-    known = {"size": {"compensation_bytes": compensation_bytes(quantized)}}
-    return build_report({"model": quantized}, config, **known)
+    size = {"compensation_bytes": compensation_bytes(quantized)}
+    return build_report({"model": quantized}, config, size=size)
 
 
 def save(quantized: GraphModule, path: str | PathLike[str], *, force: bool = False) -> None:

@@ -2,7 +2,8 @@
 
 Kinds, told apart by content: OpenAI's TorchScript archives, open_clip's training checkpoints
 (`{"state_dict": ...}`, names often prefixed by `module.`), bare state dicts, and safetensors.
-Nothing is unpickled but tensors and plain containers.
+Nothing is unpickled but tensors and plain containers, and no code of an archive is run unless
+`allow_torchscript` says so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
+from qwt_fx import torchscript
 from qwt_fx.errors import ModelError
 
 # OpenAI's archives keep these numbers among their tensors.
@@ -38,15 +40,26 @@ class Checkpoint:
     openai: bool
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, *, allow_torchscript: bool = False) -> Checkpoint:
     """Read a checkpoint of any kind onto the CPU.
 
-    Raises `ModelError` for a file that is missing, damaged, or not a checkpoint.
+    Args:
+        path: the file.
+        allow_torchscript: load a TorchScript archive that cannot be read otherwise by running its
+            code, as `torch.jit.load` does.
+
+    Raises `ModelError` for a file that is missing, damaged, or not a checkpoint, and for an archive
+    that needs `allow_torchscript`.
     """
     if not path.is_file():
         raise ModelError(f"checkpoint {path}: {'a directory' if path.is_dir() else 'no such file'}")
     try:
-        stored = _read(path)
+        stored = _read(path, allow_torchscript)
+    except torchscript.UnsafeArchive as error:
+        raise ModelError(
+            f"checkpoint {path}: this TorchScript archive cannot be read without running its code: "
+            f"{error}; if you trust where it comes from, give --allow-torchscript"
+        ) from error
     except Exception as error:  # the readers raise a dozen kinds, pickle's and zip's among them
         raise ModelError(f"checkpoint {path}: cannot be read: {_first_line(error)}") from error
     state = _state_dict(stored)
@@ -60,16 +73,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, _unwrapped(state), openai)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, allow_torchscript: bool) -> Any:
+    if torchscript.is_torchscript(path):
+        try:
+            return torchscript.read_state_dict(path)
+        except torchscript.UnsafeArchive:
+            if not allow_torchscript:
+                raise
+        with warnings.catch_warnings():
+            # torch.jit is deprecated, but such files are what they are.
+            warnings.simplefilter("ignore")
+            scripted: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        return dict(scripted.state_dict())
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-        if scripted:
-            with warnings.catch_warnings():
-                # torch.jit is deprecated, but OpenAI's files are what they are.
-                warnings.simplefilter("ignore")
-                scripted_model: Any = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-            return dict(scripted_model.state_dict())
         # Mapped, so that a training checkpoint's optimizer state is never read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if _is_safetensors(path):

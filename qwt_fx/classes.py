@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qwt_fx import class_map
 from qwt_fx.errors import DataError
 
 PLACEHOLDER = "{}"
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 IMAGENET_CLASSES = 1000
 
-_WORDNET_ID = re.compile(r"n\d{8}")
 Path = str | os.PathLike[str]
 
 
@@ -22,14 +21,25 @@ class ClassPrompts:
     """What each class is called.
 
     Attributes:
-        names: name of class k, the k-th sorted folder.
+        names: name of class k.
         templates: sentences with `{}` where the name goes.
         notes: what was assumed, for the user to read.
+        folder_classes: class of the k-th sorted folder; empty where that is class k.
     """
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    folder_classes: tuple[int, ...] = ()
+
+    @property
+    def folders(self) -> int:
+        """How many folders the classes have."""
+        return len(self.folder_classes) or len(self.names)
+
+    def class_of(self, folder: int) -> int:
+        """The class of the sorted folder number `folder`."""
+        return self.folder_classes[folder] if self.folder_classes else folder
 
     def prompts(self, k: int) -> list[str]:
         """Every template filled with the name of class `k`, in the order of the templates."""
@@ -70,56 +80,120 @@ def resolve(
     classes: Sequence[str],
     classnames_file: Path | None = None,
     templates_file: Path | None = None,
+    class_map_file: Path | None = None,
 ) -> ClassPrompts:
     """Names and templates of `classes`.
 
-    Without a file, 1,000 folders are taken for ImageNet's (open_clip's names and OpenAI's
-    templates); otherwise the folders' own names are used, with one plain template.
+    Without a file, 1,000 folders are taken for ImageNet's, in the order of their numbers where that
+    is what they are called (ImageNet-V2), and any others that are all named by its WordNet ids for
+    a part of it (open_clip's names and OpenAI's templates); otherwise the folders' own names are
+    used, with one plain template.
 
     Args:
         classes: folder names, sorted.
         classnames_file, templates_file: as `load_classnames`, `load_templates`.
+        class_map_file: as `qwt_fx.class_map.folder_indices`; the names are then all those that
+            its indices refer to, and only the classes that have a folder are kept.
 
     Raises:
         DataError: a bad file, no classes, or as many names as there are not folders.
     """
     if not classes:
         raise DataError("no class folders to name, wanted at least one")
+    if class_map_file is not None:
+        return _mapped(classes, classnames_file, templates_file, class_map_file)
     notes: list[str] = []
-    imagenet = len(classes) == IMAGENET_CLASSES
+    order = class_map.numeric_order(classes)
     if classnames_file is not None:
-        names = load_classnames(classnames_file)
-        if len(names) != len(classes):
-            raise DataError(
-                f"{os.fspath(classnames_file)}: {len(names)} class names for {len(classes)} class "
-                "folders; wanted one a line for each folder, in sorted order"
-            )
-    elif imagenet:
-        from open_clip import IMAGENET_CLASSNAMES
-
-        names = [str(name) for name in IMAGENET_CLASSNAMES]
-        if not all(_WORDNET_ID.fullmatch(folder) for folder in classes):
+        imagenet = len(classes) == IMAGENET_CLASSES
+        names = _names_from_file(classnames_file, classes)
+        if order:
             notes.append(
-                "1,000 class folders were taken for ImageNet's in its order, although not all are "
-                f"named like n01440764 (the first is {classes[0]!r}); if that is wrong, give "
-                "--classnames"
+                f"line k of {os.fspath(classnames_file)} names the k-th folder sorted by letter, "
+                f"so line 2 is folder {classes[1]!r}; if the folders' names are the lines' "
+                "numbers, give --class-map index"
             )
+            order = ()
+    elif (part := _imagenet_indices(classes, order, notes)) is not None:
+        imagenet = True
+        names = [_imagenet_names()[index] for index in part]
     else:
+        imagenet, order = False, ()
         names = [folder_caption(folder) for folder in classes]
         notes.append(
             f"class names are the names of the {len(classes)} folders (first: {names[0]!r}); "
             "give --classnames for others"
         )
-    if templates_file is not None:
-        templates = load_templates(templates_file)
-    elif imagenet:
+    templates = _templates(templates_file, imagenet, notes)
+    return ClassPrompts(tuple(names), templates, tuple(notes), order)
+
+
+def _names_from_file(path: Path, classes: Sequence[str]) -> list[str]:
+    names = load_classnames(path)
+    if len(names) != len(classes):
+        raise DataError(
+            f"{os.fspath(path)}: {len(names)} class names for {len(classes)} class "
+            "folders; wanted one a line for each folder, in sorted order"
+        )
+    return names
+
+
+def _imagenet_indices(
+    classes: Sequence[str], order: tuple[int, ...], notes: list[str]
+) -> Sequence[int] | None:
+    """ImageNet's index of class k when the folders are taken for ImageNet's, or a part of it."""
+    if len(classes) != IMAGENET_CLASSES:
+        part = class_map.imagenet_part(classes)
+        if part is not None:
+            notes.append(
+                f"the {len(classes)} folders are a part of ImageNet's; only these classes compete"
+            )
+        return part
+    if order:
+        notes.append(
+            "the 1,000 folders were taken for ImageNet's in the order of their numbers (as in V2); "
+            "if that is wrong, give --classnames"
+        )
+    elif not all(class_map.WORDNET_ID.fullmatch(folder) for folder in classes):
+        notes.append(
+            "1,000 class folders were taken for ImageNet's in its order, although not all are "
+            f"named like n01440764 (the first is {classes[0]!r}); if that is wrong, give "
+            "--classnames"
+        )
+    return range(IMAGENET_CLASSES)
+
+
+def _imagenet_names() -> list[str]:
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return [str(name) for name in IMAGENET_CLASSNAMES]
+
+
+def _templates(path: Path | None, imagenet: bool, notes: list[str]) -> tuple[str, ...]:
+    if path is not None:
+        return tuple(load_templates(path))
+    if imagenet:
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-        templates = [template(PLACEHOLDER) for template in OPENAI_IMAGENET_TEMPLATES]
-    else:
-        templates = list(DEFAULT_TEMPLATES)
-        notes.append(f"the prompt is {templates[0]!r}; give --templates for others")
-    return ClassPrompts(tuple(names), tuple(templates), tuple(notes))
+        return tuple(template(PLACEHOLDER) for template in OPENAI_IMAGENET_TEMPLATES)
+    notes.append(f"the prompt is {DEFAULT_TEMPLATES[0]!r}; give --templates for others")
+    return DEFAULT_TEMPLATES
+
+
+def _mapped(
+    classes: Sequence[str],
+    classnames_file: Path | None,
+    templates_file: Path | None,
+    class_map_file: Path,
+) -> ClassPrompts:
+    """Classes by a map from folder to index in the list of names; ImageNet's without a file."""
+    every = _imagenet_names() if classnames_file is None else load_classnames(classnames_file)
+    indices = class_map.folder_indices(class_map_file, classes, len(every))
+    kept = sorted(set(indices))
+    notes = [f"{len(classes)} folders show {len(kept)} of {len(every)} classes; only these count"]
+    templates = _templates(templates_file, classnames_file is None, notes)
+    names = tuple(every[index] for index in kept)
+    return ClassPrompts(names, templates, tuple(notes), tuple(kept.index(i) for i in indices))
 
 
 def _lines(path: Path, what: str) -> list[str]:

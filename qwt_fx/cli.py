@@ -17,11 +17,12 @@ from types import FrameType
 
 import torch
 
-from qwt_fx.commands import demo, evaluate, export, inspect, quantize
+from qwt_fx.commands import bench, demo, evaluate, export, inspect, quantize
 from qwt_fx.commands.config_file import config_arguments
 from qwt_fx.errors import CheckFailed, QwtError
 from qwt_fx.version import __version__
 
+_LONGEST_NAME = 200
 EXIT_BUG, EXIT_INPUT, EXIT_CHECK, EXIT_INTERRUPT, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
 
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qwt-fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, quantize, evaluate, export, inspect):
+    for module in (demo, quantize, evaluate, export, bench, inspect):
         module.add_parser(commands)
     return parser
 
@@ -51,7 +52,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
         settings = config_arguments(args.parser, Path(args.config))
         begin = words.index(args.command) + 1
         args = parser.parse_args(words[:begin] + settings + words[begin:])
+    _refuse_dashes(parser, args)
     return args
+
+
+def _refuse_dashes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """argparse drops a value of "--" and leaves an empty list in its place."""
+    for name, value in vars(args).items():
+        repeated = isinstance(value, list) and args.parser.get_default(name) == []
+        if (value == [] and not repeated) or (repeated and [] in value):
+            parser.error(f"argument --{name.replace('_', '-')}: got '--', wanted a value")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,4 +103,15 @@ def _run(words: list[str]) -> int:
             raise
         sys.stderr.write(f"qwt-fx: error: {error}\n")
         return EXIT_CHECK if isinstance(error, CheckFailed) else EXIT_INPUT
+    except OSError as error:
+        # A file named by the user that the system refuses: too long a name, a disk that fails.
+        if error.filename is None or "--debug" in words:
+            raise
+        sys.stderr.write(f"qwt-fx: error: {_shown(error.filename)}: {error.strerror}\n")
+        return EXIT_INPUT
     return 0
+
+
+def _shown(name: object) -> str:
+    text = os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+    return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qwt_fx.artifact import Artifact, read_artifact
 from qwt_fx.checkpoints import load_weights, read_checkpoint
+from qwt_fx.clip_encoder import ClipEncoder
 from qwt_fx.errors import ArtifactError, ConfigError, MissingExtraError, ModelError
 from qwt_fx.model_source import ModelSource, find_source, first_line
 from qwt_fx.towers import ImageTower, TextTower
@@ -109,6 +110,7 @@ def load(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     allow_random: bool = False,
+    allow_torchscript: bool = False,
 ) -> ClipModel:
     """Load a CLIP in evaluation mode.
 
@@ -123,6 +125,7 @@ def load(
         precision: "fp32", "bf16" or "fp16": what the towers compute in. Inputs and outputs are
             float32 all the same. An artifact keeps its own.
         allow_random: accept random weights where `pretrained` is None.
+        allow_torchscript: run the code of a TorchScript archive that cannot be read otherwise.
 
     Raises `ModelError` for a model or weights that are unknown, missing, damaged or do not match,
     `ConfigError` for an unknown precision, `ArtifactError` for a damaged artifact.
@@ -135,7 +138,7 @@ def load(
             raise ModelError(f"artifact {name} holds its weights: leave {pretrained!r} out")
         return from_artifact(read_artifact(Path(name)), device=device)
     source = find_source(name, pretrained, allow_random)
-    model = _open_clip_model(source)
+    model = _open_clip_model(source, allow_torchscript)
     visual: Any = model.visual
     size = getattr(visual, "image_size", None) or source.preprocess["size"]
     scale: Any = model.logit_scale
@@ -154,9 +157,32 @@ def load(
     )
 
 
-def _open_clip_model(source: ModelSource) -> nn.Module:
+def load_clip_benchmark(
+    model_name: str | PathLike[str],
+    pretrained: str | PathLike[str] | None = None,
+    cache_dir: str | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[ClipEncoder, Transform, Tokenizer]:
+    """A model or an artifact as (model, transform, tokenizer), as CLIP_benchmark loads its own.
+
+    The arguments are those of its loading functions, so that one line adds this one to them:
+    `TYPE2FUNC["qwt-fx"] = qwt_fx.clip.load_clip_benchmark`. `model` has open_clip's `encode_image`,
+    `encode_text` and call. An empty `pretrained` is none: an artifact holds its weights.
+
+    Raises as `load`, and `ConfigError` for a `cache_dir`: set HF_HOME for that.
+    """
+    if cache_dir:
+        raise ConfigError(f"cache_dir: got {cache_dir!r}, wanted none; set HF_HOME instead")
+    model = load(model_name, pretrained or None, device=device)
+    encoder = ClipEncoder(model.image, model.text, model.logit_scale).to(device)
+    return encoder, model.transform, model.tokenizer
+
+
+def _open_clip_model(source: ModelSource, allow_torchscript: bool) -> nn.Module:
     """The open_clip model of a source, float32 on the CPU; sets `quick_gelu` in its config."""
-    checkpoint = None if source.weights is None else read_checkpoint(source.weights)
+    checkpoint = None
+    if source.weights is not None:
+        checkpoint = read_checkpoint(source.weights, allow_torchscript=allow_torchscript)
     if source.quick_gelu or (checkpoint is not None and checkpoint.openai):
         if not source.config.get("quick_gelu"):
             _log.warning(

@@ -142,13 +142,13 @@ def _captions(
     """A function from class index to a caption."""
     if class_prompts is None:
         return lambda label: folder_caption(folders[label])
-    if len(class_prompts.names) != len(folders):
+    if class_prompts.folders != len(folders):
         raise DataError(
-            f"{os.fspath(spec)}: {len(class_prompts.names)} class names for {len(folders)} class "
+            f"{os.fspath(spec)}: {class_prompts.folders} class names for {len(folders)} class "
             "folders; wanted one for each folder, in sorted order"
         )
     rng = random.Random(f"{seed}:captions")
-    return lambda label: rng.choice(class_prompts.prompts(label))
+    return lambda label: rng.choice(class_prompts.prompts(class_prompts.class_of(label)))
 
 
 def _shard_notes(shards: SampledShards | None) -> Iterator[str]:

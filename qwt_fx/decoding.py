@@ -32,15 +32,22 @@ MAX_ASPECT = 200
 
 @dataclass(frozen=True)
 class Decoded:
-    """A pair ready for the model: `image` (3, H, W) float32, its caption, the bytes read for it.
+    """A pair ready for the model: `image` (3, H, W) float32, captions, the bytes read for it.
+
+    `caption` is the only one, or the first where all were asked for.
 
     The image is a numpy array because tensors travel from workers as shared memory, of which
     containers have little, and each holds a file open.
     """
 
     image: np.ndarray[Any, np.dtype[np.float32]]
-    caption: str
+    captions: tuple[str, ...]
     bytes_read: int
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class _Decoder(Dataset[Any]):
             if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3:
                 got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
                 raise DataError(f"the transform returned {got}, wanted a tensor (3, H, W)")
-            return Decoded(image.to(torch.float32).numpy(), pair.caption, bytes_read)
+            return Decoded(image.to(torch.float32).numpy(), pair.captions, bytes_read)
         except MemoryError:
             raise
         # Pillow's decoders raise nearly anything on damaged data (SyntaxError, struct.error, ...).

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,17 @@ from torch import Tensor, nn
 
 from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer, class_weights
 from qwt_fx.errors import DataError
+from qwt_fx.feature_store import Series
+from qwt_fx.imagefolder import ImageFolderData
 from qwt_fx.measure import sqnr_db
-from qwt_fx.metrics import agreement, topk_correct, wilson_interval
+from qwt_fx.metrics import (
+    agreement,
+    mcnemar,
+    mean_per_class_recall,
+    paired_drop_interval,
+    topk_correct,
+    wilson_interval,
+)
 from qwt_fx.trim import trim
 
 Progress = Callable[[int, int], None]
@@ -33,11 +43,15 @@ class Features:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Per-sample outcome of a zero-shot evaluation: top-1 predictions (n,), correct (n,) bool."""
+    """Per-sample outcome of a zero-shot evaluation.
+
+    predictions, labels (n,) int64; correct1, correct5 (n,) bool.
+    """
 
     predictions: Tensor
     correct1: Tensor
     correct5: Tensor
+    labels: Tensor
 
     @property
     def acc1(self) -> float:
@@ -53,10 +67,17 @@ class ZeroShot:
         """The figures of report.json."""
         n = len(self.correct1)
         low, high = wilson_interval(int(self.correct1.sum()), n)
-        return {"acc1": self.acc1, "acc1_ci": [low, high], "acc5": self.acc5, "n": n}
+        return {
+            "acc1": self.acc1,
+            "acc1_ci": [low, high],
+            "acc5": self.acc5,
+            "mean_per_class_recall": mean_per_class_recall(self.correct1, self.labels),
+            "n": n,
+        }
 
 
-def _checked(features: Tensor, what: str) -> Tensor:
+def finite_features(features: Tensor, what: str) -> Tensor:
+    """Features on the CPU in float32. Raises `DataError` where they are not finite."""
     features = features.detach().float().cpu()
     if not bool(torch.isfinite(features).all()):
         raise DataError(f"the {what} tower returned NaN or infinite features")
@@ -68,23 +89,31 @@ def image_features(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    series: Series | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings (n, e) and labels (n,) of (images, labels) batches, un-normalized.
 
-    Raises `DataError` for features that are not finite or when there is no image.
+    `series` keeps each batch, and begins with those that an interrupted run has left. Raises
+    `DataError` for features that are not finite or when there is no image.
     """
-    features, labels = [], []
-    done = 0
+    kept = Series(None, "images") if series is None else series
     with torch.no_grad():
-        for images, batch_labels in batches:
-            features.append(_checked(tower(images.to(device)), "image"))
-            labels.append(batch_labels)
-            done += len(batch_labels)
+        for images, labels in _from(batches, len(kept)):
+            features = finite_features(tower(images.to(device)), "image")
+            kept.append({"features": features, "labels": labels})
             if progress is not None:
-                progress(done, -1)
-    if not features:
+                progress(kept.rows, -1)
+    if not len(kept):
         raise DataError("evaluation: no image was found")
-    return torch.cat(features), torch.cat(labels)
+    stacked = kept.stacked()
+    return stacked["features"], stacked["labels"]
+
+
+def _from(batches: Iterable[tuple[Tensor, Tensor]], first: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """The batches from number `first` on, without reading the others where that can be."""
+    if isinstance(batches, ImageFolderData):
+        return batches.starting_at(first)
+    return itertools.islice(batches, first, None)
 
 
 def text_features(
@@ -93,19 +122,20 @@ def text_features(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    series: Series | None = None,
 ) -> Tensor:
-    """Embeddings (p, e) of token ids (p, context), un-normalized.
+    """Embeddings (p, e) of token ids (p, context), un-normalized; `series` as `image_features`.
 
     A graph that may be given shorter ids gets each batch cut to its longest text (`qwt_fx.trim`).
     """
-    features = []
+    kept = Series(None, "texts") if series is None else series
     with torch.no_grad():
-        for begin in range(0, len(tokens), batch_size):
+        for begin in range(len(kept) * batch_size, len(tokens), batch_size):
             chunk = trim(tower, tokens[begin : begin + batch_size].to(device))
-            features.append(_checked(tower(chunk), "text"))
+            kept.append({"features": finite_features(tower(chunk), "text")})
             if progress is not None:
                 progress(min(begin + batch_size, len(tokens)), len(tokens))
-    return torch.cat(features)
+    return kept.stacked()["features"]
 
 
 def zero_shot(
@@ -128,7 +158,7 @@ def zero_shot(
         predictions.append(logits.argmax(dim=1))
         top1.append(predictions[-1] == labels)
         top5.append(topk_correct(logits, labels, 5))
-    return ZeroShot(torch.cat(predictions), torch.cat(top1), torch.cat(top5))
+    return ZeroShot(torch.cat(predictions), torch.cat(top1), torch.cat(top5), features.labels)
 
 
 def compare(
@@ -138,17 +168,24 @@ def compare(
     quantized_outcome: ZeroShot,
     towers: Iterable[str],
 ) -> dict[str, Any]:
-    """Agreement of top-1 predictions, and embedding SQNR in dB of the quantized towers."""
-    quantized_towers = set(towers)
+    """Agreement of top-1 predictions, the paired test, embedding SQNR in dB of quantized towers."""
+    worse, better, p = mcnemar(reference_outcome.correct1, quantized_outcome.correct1)
+    drop = paired_drop_interval(worse, better, len(reference_outcome.correct1))
     pairs = {
         "image": (reference.image, quantized.image),
         "text": (reference.prompts, quantized.prompts),
     }
-    sqnr: dict[str, float | None] = {}
-    for tower, (exact, rounded) in pairs.items():
-        value = sqnr_db(exact, rounded) if tower in quantized_towers else math.inf
-        sqnr[tower] = value if math.isfinite(value) else None
     return {
         "agreement": agreement(reference_outcome.predictions, quantized_outcome.predictions),
-        "embedding_sqnr_db": sqnr,
+        "mcnemar": {"only_fp32": worse, "only_quantized": better, "p": p},
+        "acc1_drop_ci": list(drop),
+        "embedding_sqnr_db": embedding_sqnr(pairs, towers),
     }
+
+
+def embedding_sqnr(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], towers: Iterable[str]
+) -> dict[str, float | None]:
+    """SQNR in dB of (exact, rounded) embeddings by tower; `None` where not quantized or equal."""
+    values = {t: sqnr_db(*pairs[t]) if t in set(towers) else math.inf for t in pairs}
+    return {tower: value if math.isfinite(value) else None for tower, value in values.items()}

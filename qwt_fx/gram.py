@@ -62,6 +62,12 @@ class LayerSums:
             self.count + other.count,
         )
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sum overflowed or met a NaN."""
+        sums = (self.gram, self.cross, self.x, self.t, torch.tensor(self.square))
+        return all(bool(torch.isfinite(s).all()) for s in sums)
+
     def centred(self) -> tuple[Tensor, Tensor]:
         """Covariance sums (d, d) and (d, o): what is left for a weight when a bias takes the means."""
         count = max(self.count, 1)

@@ -8,6 +8,7 @@ A captured graph is a `torch.fx.GraphModule` of ATen ops. Two kinds of records t
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,9 +175,9 @@ def add_tensor(gm: GraphModule, base: str, value: Tensor, *, parameter: bool = F
     """Register a tensor under a fresh name and return its `get_attr` node.
 
     The name is fresh because the old tensor may be tied elsewhere. The caller sets the insertion
-    point. A dotted `base` becomes one flat name.
+    point. A dotted `base`, or `layer@1` of a module called twice, becomes one flat name.
     """
-    stem = base.replace(".", "_")
+    stem = re.sub(r"\W", "_", base, flags=re.ASCII)
     name, count = stem, 0
     while hasattr(gm, name):
         count += 1

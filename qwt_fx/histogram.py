@@ -20,6 +20,9 @@ _MAGNITUDES = _OCTAVES << 4
 BINS = 2 * _MAGNITUDES + 1  # negative, zero, positive
 
 
+LARGEST = 2.0 ** (_OCTAVES - 40)
+
+
 def bin_of(x: Tensor) -> Tensor:
     """Index of each float32 value's bin, int64, 0..BINS - 1, rising with the value."""
     bits = x.contiguous().view(torch.int32)
@@ -147,6 +150,8 @@ def gather_mass(
     """
     channel, value, half, count = entries
     amount = count * weight[channel]
+    if not bool((amount > 0.0).any()):  # weights of zeros: no value disturbs anything
+        amount = count
     if scale is not None:
         value, half = value / scale[channel], half / scale[channel]
     if shift is not None:

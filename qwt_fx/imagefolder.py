@@ -88,11 +88,16 @@ class ImageFolderData:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images (B, 3, H, W) float32 and labels (B,) int64; the last may be smaller."""
+        return self.starting_at(0)
+
+    def starting_at(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from `number` on; the images before it are not read."""
+        first = number * self.batch_size
         # The caption is not used, and must not be empty.
         sources = [FilePair(path, "image") for path, _ in self.files.files]
         images: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
-        done = 0
-        with closing(decode_in_order(sources, self.transform, self.workers)) as results:
+        done = first
+        with closing(decode_in_order(sources[first:], self.transform, self.workers)) as results:
             for result in results:
                 if isinstance(result, Undecodable):
                     raise DataError(

@@ -33,6 +33,7 @@ from qwt_fx.trim import uncut
 aten = torch.ops.aten
 _QUANTIZE = frozenset({torch_ao.QUANTIZE_PER_TENSOR})
 _DEQUANTIZE = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
+_CASTS = frozenset({aten.to.dtype})
 _DEQUANTIZE_ROWS = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})
 
 
@@ -79,13 +80,17 @@ class IntegerWeight:
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """A linear or convolution whose operands are both integers. `bias`: float node or `None`."""
+    """A linear or convolution whose operands are both integers.
+
+    `bias`: float node or `None`. `dtype`: what the layer computes in, the type of its result.
+    """
 
     name: str
     node: Node
     input: IntegerInput
     weight: IntegerWeight
     bias: Node | None
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,12 @@ def _layer(gm: GraphModule, node: Node) -> IntegerLayer | FloatLayer:
     if activation is None:
         return FloatLayer(name, node, "its input is not quantized per tensor")
     bias = node.args[2] if len(node.args) > 2 else None
-    return IntegerLayer(name, node, activation, weight, bias if isinstance(bias, Node) else None)
+    cast = node.args[1]
+    dtype = cast.args[1] if is_call(cast, _CASTS) else torch.float32  # type: ignore[union-attr]
+    assert isinstance(dtype, torch.dtype)  # the second argument of to.dtype
+    return IntegerLayer(
+        name, node, activation, weight, bias if isinstance(bias, Node) else None, dtype
+    )
 
 
 def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:
@@ -123,6 +133,7 @@ def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:
     while is_call(node, SHAPE_ONLY):
         moved.append(node)
         node = node.args[0]
+    node = _uncast(node)
     token_scale = None
     if is_call(node, {aten.mul.Tensor}) and is_call(node.args[0], _DEQUANTIZE):
         token_scale = node.args[1]
@@ -144,9 +155,15 @@ def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:
 
 def weight_of(gm: GraphModule, node: Any) -> IntegerWeight | None:
     """The integer weight this value dequantizes row by row, or `None`."""
+    node = _uncast(node)
     if not is_call(node, _DEQUANTIZE_ROWS) or node.args[3] != 0:
         return None
     codes, scale, zero_point = (tensor_of(gm, a) for a in node.args[:3])
     if codes is None or scale is None or zero_point is None:
         return None
     return IntegerWeight(codes, scale, zero_point, int(node.args[5] + 1).bit_length() - 1)
+
+
+def _uncast(node: Any) -> Any:
+    """What a value of a half-precision model was before its cast: q/dq compute in float32."""
+    return node.args[0] if is_call(node, _CASTS) else node

@@ -12,7 +12,7 @@ from qwt_fx.channel_map import NotMapped, ValueMap, value_map
 from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import MATMULS, is_call, through_shape_ops
-from qwt_fx.histogram import Histogram, Mass, gather_mass
+from qwt_fx.histogram import LARGEST, Histogram, Mass, gather_mass
 from qwt_fx.layer_groups import LayerGroup, weight_quantizer
 from qwt_fx.lockstep import Lockstep
 from qwt_fx.norms import NORMS, is_fake_quant, norm_readers, why_not_reparameterizable
@@ -33,6 +33,9 @@ aten = torch.ops.aten
 
 _APART = 4.0  # a position this many times larger than the median one may get its own scale ...
 _WORTH = 0.7  # ... where that leaves at most this share of the error
+# At so many bits a product of the input gains little, and kernels that fuse an activation function
+# with the next quantizer cannot fuse across it.
+_FINE_ENOUGH = 8
 
 
 def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[LayerGroup, str]:
@@ -41,13 +44,13 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[
     Returns the group, whose source changes where its input gets a product of its own, and what was
     done. Raises `DataError` for values that are not finite.
     """
-    histogram = _histogram(walk, group)
+    histogram = _histogram(walk, group, quantizer.name)
     spec = replace(quantizer.spec.per_tensor(), include_zero=True)
     linears = [n for n in group.layers if n.target is aten.linear.default]
     done, rescale = "one range", None
     if linears and len(linears) == len(group.layers) and not group.shared:
         rescale, done = _move_upstream(walk, group, histogram, spec)
-        if rescale is None and walk.remedies.input_scales:
+        if rescale is None and walk.remedies.input_scales and spec.bits < _FINE_ENOUGH:
             group, rescale = _multiply_input(walk, group, histogram, spec)
             done = "one range" if rescale is None else "moved into a product of the input"
         if rescale is not None:
@@ -107,7 +110,7 @@ def _per_channel(group: LayerGroup) -> bool:
     return bool(group.layers) and all(n.target is aten.linear.default for n in group.layers)
 
 
-def _histogram(walk: Lockstep, group: LayerGroup) -> Histogram:
+def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
     source = group.source
     per_channel = _per_channel(group)
     values = walk.values(source)
@@ -115,8 +118,14 @@ def _histogram(walk: Lockstep, group: LayerGroup) -> Histogram:
     for index, x in enumerate(values):
         if not bool(torch.isfinite(x).all()):
             raise DataError(
-                f"{source.name}: NaN or infinite values in the tensor to quantize; "
+                f"{name}: NaN or infinite values in the tensor to quantize; "
                 "check the weights and the calibration inputs"
+            )
+        if float(x.abs().amax()) > LARGEST:
+            raise DataError(
+                f"{name}: values up to {float(x.abs().amax()):g} in the tensor to quantize, wanted at "
+                f"most 2^24; check the weights and the calibration inputs, or use "
+                "--recipe repq-vit"
             )
         flat = x.reshape(-1, x.shape[-1])
         mask = walk.mask(source, index, behind_end=walk.remedies.mask_ranges)

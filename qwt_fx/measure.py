@@ -23,7 +23,7 @@ def sqnr_db(reference: Tensor, quantized: Tensor) -> float:
     noise = float((reference - quantized).square().sum(dtype=torch.float64))
     if noise == 0.0:
         return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return 10.0 * (math.log10(signal) - math.log10(noise)) if signal > 0.0 else -math.inf
 
 
 def measure_layers(gm: GraphModule, batch: Any) -> None:

@@ -16,6 +16,29 @@ def topk_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return (top == labels[:, None]).any(dim=1)
 
 
+def mean_per_class_recall(correct: Tensor, labels: Tensor) -> float:
+    """Mean over the classes of the share of their samples that are correct.
+
+    correct (n,) bool, labels (n,) int64; a class without samples does not count (scikit-learn's
+    balanced accuracy, CLIP_benchmark's name).
+    """
+    counts = torch.bincount(labels)
+    hits = torch.bincount(labels, weights=correct.double())
+    seen = counts > 0
+    return float((hits[seen] / counts[seen]).mean()) if bool(seen.any()) else math.nan
+
+
+def paired_drop_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
+    """95 % interval of first accuracy - second accuracy on the same n samples (Wald).
+
+    From the discordant pairs alone, as `mcnemar` counts them.
+    """
+    difference = (only_first - only_second) / n
+    variance = (only_first + only_second - (only_first - only_second) ** 2 / n) / n**2
+    half = _Z95 * math.sqrt(max(variance, 0.0))
+    return difference - half, difference + half
+
+
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion; (0, 1) when nothing was counted."""
     if n == 0:

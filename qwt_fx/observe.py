@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.config import QuantConfig
-from qwt_fx.errors import NotCalibratedError
+from qwt_fx.errors import DataError, NotCalibratedError
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.graph import graph_info, tensor_of
 from qwt_fx.norms import fake_quant_of, is_fake_quant
@@ -28,6 +28,20 @@ from qwt_fx.token_map import token_mask
 def fake_quant_nodes(gm: GraphModule) -> list[Node]:
     """The graph's `FakeQuant` calls in order."""
     return [n for n in gm.graph.nodes if is_fake_quant(gm, n)]
+
+
+def check_parameters(gm: GraphModule) -> None:
+    """Raise `DataError`, naming the first, where a parameter holds NaN or infinite values.
+
+    Buffers are left alone: masks hold infinities on purpose.
+    """
+    for name, value in gm.named_parameters():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise DataError(
+                f"{name}: {bad} of {value.numel()} values of this parameter are NaN or infinite; "
+                "check the checkpoint"
+            )
 
 
 def set_mode(gm: GraphModule, mode: Mode) -> None:

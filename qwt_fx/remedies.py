@@ -15,7 +15,7 @@ class LayerRemedies:
             is RepQ-ViT's own choice, (0.0,) none (W5).
         fold_values: move the scales of attention's output into the rows of the values (W8).
         input_scales: where neither can take the differences between channels, multiply the input by a
-            constant per channel, if that leaves at most 0.7 of the output's error.
+            constant per channel, if that leaves at most 0.7 of the output's error; below 8 bits only.
         refit: refit each weight by ridge regression on its quantized input (W7, ERQ).
         fp_target: aim at the floating-point path's output, and at the residual stream where the
             layer adds to one, instead of the layer's own output on the quantized path's input (W3).

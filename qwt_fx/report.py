@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch.fx import GraphModule
 
 from qwt_fx.config import QuantConfig
 from qwt_fx.graph import compute_nodes, graph_info, layer_name
+from qwt_fx.kernel_audit import LayerKernel
 from qwt_fx.quantizers import operand_bits
 from qwt_fx.recipes import recipe_for
+from qwt_fx.retrieval import CROSS_RECALLS, CROSS_SIDES, RECALLS, RETRIEVAL_COUNTS
 from qwt_fx.version import __version__
 
 SCHEMA = 1
@@ -27,9 +29,16 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def layer_rows(gm: GraphModule, tower: str) -> list[dict[str, Any]]:
-    """One row per linear, convolution, matmul and attention: quantized how, or why not."""
+def layer_rows(
+    gm: GraphModule, tower: str, kernels: Sequence[LayerKernel] | None = None
+) -> list[dict[str, Any]]:
+    """One row per linear, convolution, matmul and attention: quantized how, or why not.
+
+    `kernels`: the audit of the graph as a backend lowered it; `None` when none did, and then
+    `integer_kernel` is `None`. A quantized layer that runs in floating point says why.
+    """
     info = graph_info(gm)
+    audit = {kernel.name: kernel for kernel in kernels or ()}
     reasons = {node: reason for record in info.passes for node, reason in record["skips"]}
     rows = []
     for node in compute_nodes(gm):
@@ -38,6 +47,8 @@ def layer_rows(gm: GraphModule, tower: str) -> list[dict[str, Any]]:
         reason = reasons.get(name)
         if weight_bits is None and activation_bits is None and reason is None:
             reason = "compensation, half precision" if ".compensation" in name else "not quantized"
+        reason = reason if weight_bits is None or activation_bits is None else None
+        kernel = audit.get(name)
         rows.append(
             {
                 "name": name,
@@ -45,8 +56,8 @@ def layer_rows(gm: GraphModule, tower: str) -> list[dict[str, Any]]:
                 "w_bits": weight_bits,
                 "a_bits": activation_bits,
                 "sqnr_db": info.layers.get(name, {}).get("sqnr_db"),
-                "integer_kernel": None,
-                "reason": reason if weight_bits is None or activation_bits is None else None,
+                "integer_kernel": None if kernel is None else kernel.integer,
+                "reason": reason or (None if kernel is None else kernel.reason),
             }
         )
     return rows
@@ -106,30 +117,42 @@ def empty_report() -> dict[str, Any]:
             "bytes_read": None,
         },
         "metrics": {
-            "fp32": {"acc1": None, "acc5": None, "n": None},
-            "quantized": {
-                "acc1": None,
-                "acc1_ci": None,
-                "acc5": None,
-                "n": None,
+            "fp32": _accuracies(),
+            "quantized": _accuracies()
+            | {
                 "agreement": None,
+                "acc1_drop_ci": None,
+                "mcnemar": {"only_fp32": None, "only_quantized": None, "p": None},
                 "embedding_sqnr_db": {"image": None, "text": None},
             },
+            "cross_precision": {side: dict.fromkeys(CROSS_RECALLS) for side in CROSS_SIDES},
+            "retrieval": dict.fromkeys(RETRIEVAL_COUNTS),
         },
         "size": {"fp32_bytes": None, "quantized_bytes": None, "compensation_bytes": None},
         "seconds": dict.fromkeys(PHASES),
         "peak_rss_bytes": None,
+        "run": {"digest": None, "settings": None},
         "layers": [],
         "blocks": [],
         "skips": [],
     }
 
 
+def _accuracies() -> dict[str, Any]:
+    """What is measured of each model alone."""
+    keys = ("acc1", "acc1_ci", "acc5", "mean_per_class_recall", "n", *RECALLS)
+    return dict.fromkeys(keys)
+
+
 def build_report(
-    graphs: Mapping[str, GraphModule], config: QuantConfig | None = None, **known: Any
+    graphs: Mapping[str, GraphModule],
+    config: QuantConfig | None = None,
+    kernels: Mapping[str, Sequence[LayerKernel]] | None = None,
+    **known: Any,
 ) -> dict[str, Any]:
     """The report of some quantized towers, by name; `known` fills or replaces top-level keys.
 
+    `kernels`: by tower, what computes each layer as a backend lowered it.
     A mapping given for a key is merged into that key's mapping, so that no key ever disappears.
     """
     report = empty_report()
@@ -140,7 +163,7 @@ def build_report(
             report[key] = getattr(config, key)
         report["compensation"] = recipe_for(config).compensation
     for tower, gm in graphs.items():
-        report["layers"] += layer_rows(gm, tower)
+        report["layers"] += layer_rows(gm, tower, (kernels or {}).get(tower))
         report["blocks"] += block_rows(gm, tower)
         report["skips"] += skip_rows(gm)
     for key, value in known.items():

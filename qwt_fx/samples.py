@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from qwt_fx.captions import check_caption, decode_caption
+from qwt_fx.captions import check_caption, decode_caption, decode_captions
 from qwt_fx.errors import DataError
 
 T = TypeVar("T")
@@ -27,11 +27,16 @@ Stored = tuple[int, int] | bytes
 
 @dataclass(frozen=True)
 class RawPair:
-    """An image still encoded, its caption, and the bytes read from storage to get them."""
+    """An image still encoded, its captions, and the bytes read from storage to get them."""
 
     image: bytes
-    caption: str
+    captions: tuple[str, ...]
     bytes_read: int
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 class PairSource(Protocol):
@@ -69,10 +74,30 @@ class SampleLocation:
 
     def read(self) -> RawPair:
         """Read both members. Raises `OSError`, or `DataError` on damage or absurd sizes."""
+        image, caption, read = self._members()
+        return RawPair(image, (decode_caption(caption, self.caption_extension),), read)
+
+    def _members(self) -> tuple[bytes, bytes, int]:
+        """Both members, and the bytes read for them."""
         image = _fetch(self.shard, self.image, "image", MAX_IMAGE_BYTES)
         caption = _fetch(self.shard, self.caption, "caption", MAX_CAPTION_BYTES)
         read = sum(span[1] for span in (self.image, self.caption) if isinstance(span, tuple))
-        return RawPair(image, decode_caption(caption, self.caption_extension), read)
+        return image, caption, read
+
+
+@dataclass(frozen=True)
+class CaptionedSample(SampleLocation):
+    """One image of a shard with all of its captions, where `SampleLocation` has one."""
+
+    @classmethod
+    def of(cls, sample: SampleLocation) -> CaptionedSample:
+        """The same place, read for all captions."""
+        return cls(sample.shard, sample.key, sample.image, sample.caption, sample.caption_extension)
+
+    def read(self) -> RawPair:
+        """Read both members; raises as `SampleLocation.read`."""
+        image, caption, read = self._members()
+        return RawPair(image, decode_captions(caption, self.caption_extension), read)
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,7 @@ class FilePair:
             raise DataError(f"image of {size} bytes, wanted at most {MAX_IMAGE_BYTES}")
         with open(self.path, "rb") as file:
             data = file.read()
-        return RawPair(data, check_caption(self.caption), len(data))
+        return RawPair(data, (check_caption(self.caption),), len(data))
 
 
 @dataclass

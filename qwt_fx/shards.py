@@ -73,6 +73,32 @@ def _expanded(source: str) -> int:
     return math.prod(sizes)
 
 
+def samples_in_order(shards: Sequence[str], counts: ScanCounts) -> Iterator[SampleLocation]:
+    """Every sample of every shard once, in the order written: nothing is drawn.
+
+    `counts` is filled on the way, over all shards. Raises `DataError` as `sample_locations` does.
+    """
+    for shard in shards:
+        one = ScanCounts()
+        indexed = not must_stream(shard) and os.path.exists(shard_index.index_path(shard))
+        for sample in _walk(shard, one):
+            if indexed:
+                shard_index.check_headers(sample, one)
+            yield sample
+        counts.bytes_read += one.bytes_read
+        counts.groups += one.groups
+        counts.complete += one.complete
+
+
+def _walk(shard: str, counts: ScanCounts) -> Iterator[SampleLocation]:
+    """The samples of one shard, streamed, from its index or from its headers."""
+    if must_stream(shard):
+        return complete_samples(shard, stream_shard.groups(shard, counts), counts)
+    if os.path.exists(shard_index.index_path(shard)):
+        return complete_samples(shard, shard_index.read_groups(shard, counts), counts)
+    return complete_samples(shard, tar_shard.groups(shard, counts), counts)
+
+
 def sample_locations(shards: Sequence[str], n: int, seed: int, *, spare: int = 0) -> SampledShards:
     """Draw `n` samples, and up to `spare` more, from all of `shards`.
 
@@ -206,15 +232,7 @@ class _Shard:
 
     def walk(self, keep: int, counts: ScanCounts) -> None:
         """Find the first `keep` samples of the shard's random order; sets `kept` and `total`."""
-        if self.streamed:
-            samples = complete_samples(self.path, stream_shard.groups(self.path, counts), counts)
-        elif self.indexed:
-            samples = complete_samples(
-                self.path, shard_index.read_groups(self.path, counts), counts
-            )
-        else:
-            samples = complete_samples(self.path, tar_shard.groups(self.path, counts), counts)
-        self.kept = random_order(samples, keep, self.seed)
+        self.kept = random_order(_walk(self.path, counts), keep, self.seed)
         self.total = counts.complete
 
 

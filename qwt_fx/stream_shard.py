@@ -12,12 +12,14 @@ import gzip
 import io
 import lzma
 import re
+import select
+import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from webdataset.gopen import gopen
+from webdataset.gopen import Pipe, gopen
 
 from qwt_fx.errors import DataError
 from qwt_fx.samples import (
@@ -28,6 +30,9 @@ from qwt_fx.samples import (
     ScanCounts,
 )
 from qwt_fx.tar_shard import BLOCK, HEADER_ERRORS, MAGIC, check_end_block, group_members
+
+# A command or download that sends nothing for so long is taken for dead.
+STALL_SECONDS = 300.0
 
 # At least two letters, so that a Windows drive is no scheme.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -59,20 +64,51 @@ def groups(shard: str, counts: ScanCounts) -> Iterator[tuple[str, dict[str, byte
 
 
 class _Counted(io.RawIOBase):
-    """A stream that adds every byte read to `counts.bytes_read`."""
+    """A source that adds every byte read to `counts.bytes_read`, and does not wait for ever.
 
-    def __init__(self, stream: Any, counts: ScanCounts) -> None:
-        self._stream = stream
+    A command is read without a buffer of its own, so that `select` knows whether bytes are there.
+    """
+
+    def __init__(self, source: Any, counts: ScanCounts) -> None:
+        self._pipe: Any = source if isinstance(source, Pipe) else None
+        self._stream = source.stream.raw if self._pipe is not None else source
         self._counts = counts
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        if self._pipe is not None and not _ready(self._stream):
+            raise TimeoutError(f"it has sent nothing for {STALL_SECONDS:g} seconds")
         data = self._stream.read(len(buffer))
+        if not data and self._pipe is not None:
+            _check_end(self._pipe)
         buffer[: len(data)] = data
         self._counts.bytes_read += len(data)
         return len(data)
+
+
+def _ready(stream: Any) -> bool:
+    """Whether there is something to read, the end included, before the time is over."""
+    return bool(select.select([stream], [], [], STALL_SECONDS)[0])
+
+
+def _check_end(pipe: Any) -> None:
+    """Raise `OSError` where a command at the end of its output failed, or does not end."""
+    try:
+        pipe.proc.wait(STALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        reason = f"it closed its output, but did not end within {STALL_SECONDS:g} seconds"
+        raise TimeoutError(reason) from None
+    pipe.check_status()
+
+
+def _close(source: Any) -> None:
+    """Close a source; a command that still runs, as after an error or a signal, is ended."""
+    if isinstance(source, Pipe) and source.proc.poll() is None:
+        source.proc.kill()
+    with contextlib.suppress(OSError):  # reported before where it matters
+        source.close()
 
 
 class _Tail:
@@ -111,18 +147,17 @@ def _members(shard: str, counts: ScanCounts) -> Iterator[tuple[str, int, bytes]]
                 if member.isreg():
                     yield member.name, member.offset_data, _contents(tar, member)
             check_end_block(shard, tail.block(tar.offset), tar.offset, tail.position, after)
-        # A command that is not read to its end dies of a broken pipe and looks failed.
+        # A command that is not read to its end dies of a broken pipe and looks failed; at the
+        # end its exit status is looked at.
         while stream.read(1 << 20):
             pass
-        source.close()
     # zlib.error and EOFError: damaged and cut off compressed streams; OSError: commands.
     except (*HEADER_ERRORS, zlib.error, lzma.LZMAError, AssertionError) as error:
         reason = str(error) or type(error).__name__
         raise DataError(f"{shard}: cannot be read as a tar, {after} ({reason})") from error
     finally:
         if source is not None:
-            with contextlib.suppress(OSError):  # reported above where it matters
-                source.close()
+            _close(source)
 
 
 def _decompressed(shard: str, stream: io.BufferedReader) -> BinaryIO:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwt_fx.errors import DataError
 from qwt_fx.qparams import QuantSpec, qparams_from_range
 
 _SHRINK = torch.linspace(0.4, 1.0, 25)
@@ -93,7 +94,12 @@ def gptq(
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of (h + damping)^-1; a matrix that is too singular gets more damping."""
+    """Upper Cholesky factor of (h + damping)^-1; a matrix that is too singular gets more damping.
+
+    Raises `DataError` for a matrix with values that are not finite, which none would help.
+    """
+    if not bool(torch.isfinite(h).all()):
+        raise DataError("the second moment of a layer's input is NaN or infinite")
     upper: Tensor
     while True:
         damped = h.clone()

@@ -44,7 +44,8 @@ def pytest_configure() -> None:
     socket.socket.connect = _connect_locally  # type: ignore[method-assign, assignment]
     socket.getaddrinfo = _resolve_locally
     # As many as the smallest machine that runs the tests has; more only adds noise to small sizes.
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    torch.set_num_threads(min(2, os.cpu_count() or 1) if alone else 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import pickle
+import random
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,3 +184,107 @@ def test_pickled_objects_are_not_loaded(tmp_path: Path) -> None:
         {"state_dict": small_model().state_dict(), "args": argparse.Namespace()}, tmp_path / "m.pt"
     )
     assert "cannot be read: Weights only load failed" in refusal(tmp_path / "m.pt")
+
+
+class Scripted(torch.nn.Module):
+    """Rebuilds itself by code that runs while the archive is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        self.weight = state[0] * 7.0  # what it would compute from the stored tensor
+        self.training = state[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def test_code_of_an_archive_runs_only_when_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Scripted()), str(path))
+    message = refusal(path)
+    assert "without running its code" in message and "--allow-torchscript" in message
+    allowed = read_checkpoint(path, allow_torchscript=True)
+    assert torch.equal(allowed.state["weight"], torch.full((2,), 7.0))
+
+
+def test_no_code_of_openais_archive_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_openai_archive(tmp_path / "m.pt", small_model())
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("torch.jit.load runs code of the archive")
+
+    monkeypatch.setattr(torch.jit, "load", forbidden)
+    assert read_checkpoint(Path(path)).openai
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch ran",)
+
+
+def _with_pickle(source: str, target: Path, data: bytes) -> Path:
+    """A copy of an archive with another data.pkl."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            swap = info.filename.endswith("/data.pkl")
+            new.writestr(info.filename, data if swap else old.read(info))
+    return target
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickle.dumps(Bomb(), protocol=2),
+        pickle.dumps(Bomb(), protocol=5),
+        b"\x80\x02c__builtin__\neval\nX\x01\x00\x00\x001\x85R.",
+        b"\x80\x02ctorch\nload\n.",
+        b"\x80\x02Nr\xff\xff\xff\xff.",  # a memo of 4 billion entries
+        b"\x80\x02}.",
+        b"\x80\x02K\x01.",
+    ],
+)
+def test_a_swapped_in_pickle_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = write_openai_archive(tmp_path / "good.pt", small_model())
+    message = refusal(_with_pickle(good, tmp_path / "m.pt", data))
+    assert "without running its code" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_archives_never_crash_nor_load_as_something_else(tmp_path: Path) -> None:
+    good = write_openai_archive(tmp_path / "good.pt", small_model())
+    data, wanted = Path(good).read_bytes(), small_model().state_dict()
+    with zipfile.ZipFile(good) as archive:
+        pickled = archive.read("good/data.pkl")
+    for seed in range(60):
+        choose = random.Random(seed)
+        target = tmp_path / "m.pt"
+        if seed % 2:  # bytes anywhere
+            damaged = bytearray(data)
+            damaged[choose.randrange(len(data))] ^= 1 << choose.randrange(8)
+            target.write_bytes(damaged)
+        else:  # the pickle, with a checksum that fits
+            damaged = bytearray(pickled)
+            damaged[choose.randrange(len(pickled))] = choose.randrange(256)
+            _with_pickle(good, target, bytes(damaged))
+        try:
+            state = read_checkpoint(target).state
+            load_weights(small_model(), read_checkpoint(target), "small")
+        except ModelError:
+            continue
+        if seed % 2:
+            assert_same(state, wanted)

@@ -89,7 +89,7 @@ def test_a_thousand_folders_are_imagenets() -> None:
 
 
 def test_a_thousand_folders_of_other_names_are_noted() -> None:
-    prompts = resolve(sorted(str(i) for i in range(1000)))
+    prompts = resolve(sorted(f"class {i}" for i in range(1000)))
     assert prompts.names[0] == "tench"
     assert "--classnames" in prompts.notes[0]
 

@@ -320,7 +320,7 @@ def test_demo_files_only_writes_files(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["demo", "quantize", "eval", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "quantize", "eval", "bench", "inspect"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

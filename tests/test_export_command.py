@@ -200,7 +200,8 @@ def test_the_demos_accuracy_is_reproduced_without_torch(tmp_path: Path) -> None:
     with torch.no_grad():
         eager = {"image": model.image(images), "text": model.text(texts)}
     mine, theirs = (
-        (normalized(side["image"]) @ normalized(side["text"]).T).argmax(1) for side in (found, eager)
+        (normalized(side["image"]) @ normalized(side["text"]).T).argmax(1)
+        for side in (found, eager)
     )
     assert float((mine == theirs).double().mean()) >= 0.995
     accuracy, expected = (float((p == labels).double().mean()) for p in (mine, theirs))

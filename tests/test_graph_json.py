@@ -423,6 +423,9 @@ def test_every_listed_operator_is_functional_and_deterministic() -> None:
         assert "empty" not in name and "file" not in name
 
 
+LOWERED = {"int8_linear"}
+
+
 def test_the_list_covers_every_operator_of_ours_that_has_codes() -> None:
     import qwt_fx.ops  # noqa: F401 - registers them
 
@@ -432,7 +435,8 @@ def test_the_list_covers_every_operator_of_ours_that_has_codes() -> None:
         if n.startswith("qwt_fx::")
     }
     listed = {n.split(".")[1] for n in OPERATORS if n.startswith("qwt_fx.")}
-    assert listed == {n for n in registered if not n.startswith("fake_quantize")}
+    # Products of the backends stand in lowered graphs only, which are not stored.
+    assert listed == {n for n in registered - LOWERED if not n.startswith("fake_quantize")}
 
 
 # -- fuzz ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from qwt_fx.errors import ConfigError
 CHOICES = {"fp32_eval": "none", "image_only": "image", "all_quant": "both"}
 TOWER_SETS = {"none": (), "image": ("image",), "text": ("text",), "both": ("image", "text")}
 DEFAULT_SAMPLES = 512
+MAX_THREADS = 1024
 
 
 def positive(text: str) -> int:
@@ -17,6 +18,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at least 1")
+    return value
+
+
+def threads(text: str) -> int:
+    """A number of threads that a system can start."""
+    value = positive(text)
+    if value > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"got {value}, wanted at most {MAX_THREADS}")
     return value
 
 
@@ -90,6 +99,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME|FILE.json", help="open_clip name or config JSON")
     group.add_argument("--pretrained", metavar="TAG|FILE", help="open_clip tag or checkpoint file")
+    group.add_argument(
+        "--allow-torchscript",
+        action="store_true",
+        help="run the code in a TorchScript checkpoint that cannot be read without it",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu or cuda[:N] (default auto)")
     group.add_argument(
         "--precision",
@@ -167,13 +181,33 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--imagenet-val", metavar="DIR", help="class folders with images")
     group.add_argument("--classnames", metavar="FILE", help="one per line, sorted-folder order")
     group.add_argument("--templates", metavar="FILE", help="one per line, with {}")
+    group.add_argument(
+        "--class-map",
+        metavar="FILE|index",
+        help="class of each folder: lines FOLDER INDEX or JSON; index: the folders' names are it",
+    )
+    group.add_argument(
+        "--retrieval-data", metavar="SPEC", help="shards of images with one caption a line"
+    )
+    group.add_argument(
+        "--dataset-name", metavar="NAME", help="of the data, in --clip-benchmark-json"
+    )
+    group.add_argument(
+        "--clip-benchmark-json",
+        metavar="FILE",
+        help="results as CLIP_benchmark writes them; {dataset}, {model}, {pretrained}, {task} in "
+        "the name are filled in",
+    )
+    group.add_argument(
+        "--skip-existing", action="store_true", help="keep a report of the same settings and data"
+    )
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Flags of every command."""
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    parser.add_argument("--threads", type=threads, metavar="N", help="CPU threads")
 
 
 def towers_of(args: argparse.Namespace) -> tuple[str, ...]:

@@ -20,8 +20,10 @@ def config_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path}: nested too deeply") from None
+    except ValueError as error:  # not UTF-8, not TOML, or a zero byte in the path
+        raise ConfigError(f"--config {str(path)!r}: not valid TOML: {error}") from None
     flags = {
         option.lstrip("-").replace("_", "-"): (option, action)
         for action in parser._actions

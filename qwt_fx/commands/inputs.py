@@ -12,10 +12,13 @@ from qwt_fx.classes import ClassPrompts, resolve
 from qwt_fx.clip import ClipModel
 from qwt_fx.commands.arguments import samples_of
 from qwt_fx.commands.pipeline import Evaluation
+from qwt_fx.commands.retrieval import Retrieval
 from qwt_fx.commands.screen import Screen
 from qwt_fx.data import CalibrationData, load_calibration
 from qwt_fx.errors import ConfigError
+from qwt_fx.feature_store import FeatureStore
 from qwt_fx.imagefolder import open_validation
+from qwt_fx.retrieval_data import RetrievalReader
 
 
 def device_of(args: argparse.Namespace) -> str:
@@ -38,7 +41,13 @@ def load_model(args: argparse.Namespace) -> ClipModel:
     """The model of `--model` and `--pretrained`."""
     if args.model is None:
         raise ConfigError("--model is needed: an open_clip name or a config JSON")
-    return clip.load(args.model, args.pretrained, device=device_of(args), precision=args.precision)
+    return clip.load(
+        args.model,
+        args.pretrained,
+        device=device_of(args),
+        precision=args.precision,
+        allow_torchscript=args.allow_torchscript,
+    )
 
 
 def load_batches(
@@ -70,13 +79,13 @@ def load_batches(
 
 
 def open_evaluation(
-    args: argparse.Namespace, model: ClipModel, screen: Screen
+    args: argparse.Namespace, model: ClipModel, screen: Screen, store: FeatureStore
 ) -> Evaluation | None:
     """The evaluation set of `--imagenet-val`; `None` when there is none."""
     if args.imagenet_val is None:
-        for flag in ("classnames", "templates"):
+        for flag in ("classnames", "templates", "class_map"):
             if getattr(args, flag) is not None:
-                raise ConfigError(f"--{flag} is given, but --imagenet-val is not")
+                raise ConfigError(f"--{flag.replace('_', '-')} is given, but --imagenet-val is not")
         return None
     folder = open_validation(
         args.imagenet_val, model.transform, getattr(args, "batch_size", 128), args.workers
@@ -85,8 +94,25 @@ def open_evaluation(
         folder.classes,
         None if args.classnames is None else Path(args.classnames),
         None if args.templates is None else Path(args.templates),
+        args.class_map,
     )
     for note in prompts.notes:
         screen.note(note)
     words = [word for k in range(len(prompts.names)) for word in prompts.prompts(k)]
-    return Evaluation(folder, prompts, model.tokenizer(words), model.device)
+    return Evaluation(folder, prompts, model.tokenizer(words), model.device, store)
+
+
+def open_retrieval(
+    args: argparse.Namespace, model: ClipModel, store: FeatureStore
+) -> Retrieval | None:
+    """The image-caption pairs of `--retrieval-data`; `None` when there are none."""
+    if args.retrieval_data is None:
+        return None
+    reader = RetrievalReader(
+        args.retrieval_data,
+        model.transform,
+        model.tokenizer,
+        getattr(args, "batch_size", 128),
+        args.workers,
+    )
+    return Retrieval(reader, model.device, store)

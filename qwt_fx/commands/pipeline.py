@@ -19,6 +19,7 @@ from qwt_fx.clip import ClipModel
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config import QuantConfig
 from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_features, zero_shot
+from qwt_fx.feature_store import FeatureStore
 from qwt_fx.measure import sqnr_db, tensors_of
 from qwt_fx.observe import observe
 from qwt_fx.recipes import recipe_for
@@ -111,16 +112,23 @@ class Evaluation:
     prompts: ClassPrompts
     tokens: Tensor
     device: str | torch.device
+    store: FeatureStore = field(default_factory=FeatureStore)
 
     def image(self, tower: nn.Module, screen: Screen, name: str) -> tuple[Tensor, Tensor]:
         """Image embeddings (n, e) and labels (n,)."""
         with screen.phase(f"{name}: images") as update:
-            return image_features(tower, self.batches, self.device, update)
+            series = self.store.series(f"{name}-images")
+            features, folders = image_features(tower, self.batches, self.device, update, series)
+        classes = [self.prompts.class_of(k) for k in range(self.prompts.folders)]
+        return features, torch.tensor(classes)[folders]
 
     def text(self, tower: nn.Module, screen: Screen, name: str) -> Tensor:
         """Prompt embeddings (p, e)."""
         with screen.phase(f"{name}: prompts") as update:
-            return text_features(tower, self.tokens, device=self.device, progress=update)
+            series = self.store.series(f"{name}-prompts")
+            return text_features(
+                tower, self.tokens, device=self.device, progress=update, series=series
+            )
 
     def quantized(self, result: QuantizedClip, reference: Features, screen: Screen) -> Features:
         """Embeddings of the quantized towers; a floating-point tower's are the reference's."""

@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qwt_fx.artifact import write_artifact
+from torch.fx import GraphModule
+
+from qwt_fx.artifact import read_artifact, write_artifact
+from qwt_fx.classes import ClassPrompts
 from qwt_fx.clip import ClipModel, to_extra
 from qwt_fx.commands import evaluate as evaluate_command
 from qwt_fx.commands.arguments import (
@@ -19,7 +22,8 @@ from qwt_fx.commands.arguments import (
     quant_config,
     towers_of,
 )
-from qwt_fx.commands.inputs import load_batches, load_model, open_evaluation
+from qwt_fx.commands.inputs import load_batches, load_model, open_evaluation, open_retrieval
+from qwt_fx.commands.partial_run import PartialRun
 from qwt_fx.commands.pipeline import (
     QuantizedClip,
     calibration_sqnr,
@@ -27,11 +31,14 @@ from qwt_fx.commands.pipeline import (
     metrics_of,
     quantize_towers,
 )
-from qwt_fx.commands.screen import ACCURACY_HEADERS, Screen, accuracy_rows
+from qwt_fx.commands.results import finish, kept_report
+from qwt_fx.commands.retrieval import with_retrieval
+from qwt_fx.commands.run_identity import run_identity
+from qwt_fx.commands.screen import Screen
 from qwt_fx.config import QuantConfig
 from qwt_fx.data import CalibrationData
 from qwt_fx.errors import CheckFailed, ConfigError
-from qwt_fx.output import OutputDirectory, write_text_atomic
+from qwt_fx.output import REPORT, OutputDirectory, write_text_atomic
 from qwt_fx.quantizers import compensation_bytes
 from qwt_fx.report import build_report, to_json
 
@@ -58,6 +65,9 @@ def add_parser(commands: Any) -> None:
     output.add_argument("--output", metavar="DIR", help="artifact folder")
     output.add_argument("--force", action="store_true", help="replace a folder of another kind")
     output.add_argument(
+        "--resume", action="store_true", help="go on with what is in DIR.partial, same settings"
+    )
+    output.add_argument(
         "--max-drop",
         type=float,
         metavar="POINTS",
@@ -79,10 +89,29 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--max-drop needs --imagenet-val")
     config = quant_config(args)
     screen = Screen(args.quiet)
-    with OutputDirectory(Path(args.output), force=args.force) as output:
-        report = _quantize(args, config, towers, screen, output.path)
-    screen.table(accuracy_rows(report), ACCURACY_HEADERS)
+    identity = run_identity(args)
+    report = _kept(args, config, identity, screen)
+    if report is None:
+        target = Path(args.output)
+        with OutputDirectory(target, force=args.force, resume=args.resume) as output:
+            partial = PartialRun(output.path, identity, resume=args.resume)
+            with partial:
+                report = _quantize(args, config, towers, screen, output.path, partial)
+                report["run"] = identity
+                write_text_atomic(output.path / REPORT, to_json(report))
+    finish(args, report, screen)
     _check_drop(args.max_drop, report)
+
+
+def _kept(
+    args: argparse.Namespace, config: QuantConfig, identity: dict[str, Any], screen: Screen
+) -> dict[str, Any] | None:
+    """With `--skip-existing`: the report of this very run, its artifact being whole."""
+    folder = Path(args.output)
+    report = kept_report(args, folder / REPORT, identity, screen)
+    if report is not None and config.compat != "original":
+        read_artifact(folder)
+    return report
 
 
 def _quantize(
@@ -91,43 +120,75 @@ def _quantize(
     towers: tuple[str, ...],
     screen: Screen,
     folder: Path,
+    partial: PartialRun,
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     model = load_model(args)
-    evaluation = open_evaluation(args, model, screen)
-    # The original reads one batch more when it quantizes both towers (QwT quirk 19).
-    extra = 1 if config.compat == "original" and len(towers) == 2 else 0
-    prompts = None if evaluation is None else evaluation.prompts
-    data = load_batches(args, model, screen, extra, prompts)
+    evaluation = open_evaluation(args, model, screen, partial.store)
+    retrieval = open_retrieval(args, model, partial.store)
     seconds: dict[str, float] = {}
     graphs = capture_towers(model, seconds)
-    result = quantize_towers(model, graphs, data.batches, config, towers, screen)
-    for phase, value in result.seconds.items():
-        seconds[phase] = seconds.get(phase, 0.0) + value
+    if partial.known is not None:
+        screen.note("--resume: calibrated already; going on with the evaluation")
+        result, known = partial.load(towers, model.device), partial.known
+    else:
+        prompts = None if evaluation is None else evaluation.prompts
+        result, known = _calibrate(args, config, towers, screen, folder, model, graphs, prompts)
+        if config.compat != "original":  # which is not saved
+            partial.keep(known)
     started = time.perf_counter()
+    metrics: dict[str, Any] = {}
     if evaluation is not None:
         reference = evaluation.features(graphs, screen, "FP32")
         quantized = evaluation.quantized(result, reference, screen)
         metrics = metrics_of(evaluation, reference, quantized, towers, result.classifier)
+    if retrieval is not None:
+        chosen = {t: (result.towers if t in towers else graphs)[t] for t in graphs}
+        sides = {"fp32": graphs, "quantized": chosen}
+        metrics = with_retrieval(metrics, retrieval.measure(sides, towers, screen))
+    if metrics:
         seconds["evaluate"] = time.perf_counter() - started
     else:
-        sqnr = calibration_sqnr(graphs, result, data.batches, model.device)
-        metrics = {"quantized": {"embedding_sqnr_db": sqnr}}
-    size = save_clip(folder, model, result, config, screen)
+        metrics = {"quantized": {"embedding_sqnr_db": known["calibration_sqnr_db"]}}
     seconds["total"] = time.perf_counter() - begun
-    report = build_report(
+    return build_report(
         {tower: result.towers[tower] for tower in towers},
         config,
         model=model.name,
         pretrained=model.pretrained,
         seed=args.seed,
-        calibration=calibration_entry(data),
+        calibration=known["calibration"],
         metrics=metrics,
-        size=size,
-        seconds=seconds,
+        size=known["size"],
+        seconds=known["seconds"] | seconds,
     )
-    write_text_atomic(folder / "report.json", to_json(report))
-    return report
+
+
+def _calibrate(
+    args: argparse.Namespace,
+    config: QuantConfig,
+    towers: tuple[str, ...],
+    screen: Screen,
+    folder: Path,
+    model: ClipModel,
+    graphs: dict[str, GraphModule],
+    prompts: ClassPrompts | None,
+) -> tuple[QuantizedClip, dict[str, Any]]:
+    """The quantized towers, saved in `folder`, and the report's entries about their making."""
+    # The original reads one batch more when it quantizes both towers (QwT quirk 19).
+    extra = 1 if config.compat == "original" and len(towers) == 2 else 0
+    data = load_batches(args, model, screen, extra, prompts)
+    result = quantize_towers(model, graphs, data.batches, config, towers, screen)
+    sqnr = None
+    if args.imagenet_val is None and args.retrieval_data is None:
+        sqnr = calibration_sqnr(graphs, result, data.batches, model.device)
+    size = save_clip(folder, model, result, config, screen)
+    return result, {
+        "calibration": calibration_entry(data),
+        "size": size,
+        "seconds": result.seconds,
+        "calibration_sqnr_db": sqnr,
+    }
 
 
 def calibration_entry(data: CalibrationData) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
+from qwt_fx.retrieval import RECALLS
+
 
 class Screen:
     """Progress bars where stderr is a terminal and `quiet` is off; notes always reach stderr."""
@@ -50,6 +52,14 @@ def points(first: float | None, second: float | None) -> str:
     return "-" if first is None or second is None else f"{100.0 * (second - first):+.2f}"
 
 
+def interval(bounds: Sequence[float] | None, sign: float = 1.0) -> str:
+    """Two fractions as percentages, low .. high; `sign` -1 turns a drop into a change."""
+    if bounds is None:
+        return "-"
+    low, high = sorted(sign * bound + 0.0 for bound in bounds)  # + 0.0: no "-0.00"
+    return f"{percent(low)} .. {percent(high)}"
+
+
 def megabytes(value: float | None) -> str:
     """Bytes as MB with two decimals."""
     return "-" if value is None else f"{value / 1e6:.2f}"
@@ -63,19 +73,22 @@ def decibels(value: float | None) -> str:
 def accuracy_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Rows FP32 | quantized | delta of a report: accuracies, agreement, SQNR, size, seconds."""
     fp32, quantized = report["metrics"]["fp32"], report["metrics"]["quantized"]
-    rows = [
-        [
-            f"{key} (%)",
-            percent(fp32[key]),
-            percent(quantized[key]),
-            points(fp32[key], quantized[key]),
-        ]
-        for key in ("acc1", "acc5")
-    ]
-    if quantized["acc1_ci"] is not None:
-        low, high = quantized["acc1_ci"]
-        rows.append(["acc1 95 % interval (%)", "", f"{percent(low)} .. {percent(high)}", ""])
+    shown = ["acc1", "acc5", "mean_per_class_recall"]
+    shown += [key for key in RECALLS if fp32[key] is not None or quantized[key] is not None]
+    rows = [_row(f"{key} (%)", fp32[key], quantized[key]) for key in shown]
+    if fp32["acc1_ci"] is not None or quantized["acc1_ci"] is not None:
+        rows.append(
+            [
+                "acc1 95 % interval (%)",
+                interval(fp32["acc1_ci"]),
+                interval(quantized["acc1_ci"]),
+                interval(quantized["acc1_drop_ci"], -1.0),
+            ]
+        )
     rows.append(["agreement (%)", "", percent(quantized["agreement"]), ""])
+    if (p := quantized["mcnemar"]["p"]) is not None:
+        rows.append(["McNemar p, FP32 against quantized", "", f"{p:.2g}", ""])
+    rows += _cross_rows(report["metrics"])
     for tower, value in quantized["embedding_sqnr_db"].items():
         rows.append([f"{tower} embedding SQNR (dB)", "", decibels(value), ""])
     size = report["size"]
@@ -88,6 +101,24 @@ def accuracy_rows(report: Mapping[str, Any]) -> list[list[str]]:
     total = report["seconds"]["total"]
     rows.append(["seconds", "", "-" if total is None else f"{total:.1f}", ""])
     return rows
+
+
+def _row(title: str, fp32: float | None, quantized: float | None) -> list[str]:
+    return [title, percent(fp32), percent(quantized), points(fp32, quantized)]
+
+
+def _cross_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Recall at 1 with one model for the queries and the other for the gallery."""
+    titles = {
+        "quantized_queries": "quantized queries, FP32 gallery",
+        "fp32_queries": "FP32 queries, quantized gallery",
+    }
+    return [
+        _row(f"{key} (%), {titles[side]}", metrics["fp32"].get(key), value)
+        for side, figures in metrics["cross_precision"].items()
+        for key, value in figures.items()
+        if value is not None and key.endswith("@1")
+    ]
 
 
 ACCURACY_HEADERS = ("", "FP32", "quantized", "delta")

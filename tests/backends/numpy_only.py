@@ -11,7 +11,14 @@ class Refuse(importlib.abc.MetaPathFinder):
     """Refuses everything that only quantizing needs."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "open_clip", "torchvision", "qwt_fx", "onnx", "timm"):
+        if name.partition(".")[0] in (
+            "torch",
+            "open_clip",
+            "torchvision",
+            "qwt_fx",
+            "onnx",
+            "timm",
+        ):
             raise ImportError(f"{name} must not be needed")
         return None
 

@@ -179,7 +179,9 @@ def test_int8_weights_everywhere_do_not_overflow_in_our_session(tmp_path: Path) 
     q, batch = quantized("image", recipe="best")
     path = exported(q, batch, tmp_path, "image", pack="int8")
     initializers = onnx.load(str(path)).graph.initializer
-    assert {i.data_type for i in initializers if i.name.endswith("codes")} == {onnx.TensorProto.INT8}
+    assert {i.data_type for i in initializers if i.name.endswith("codes")} == {
+        onnx.TensorProto.INT8
+    }
     assert not any(np.any(onnx.numpy_helper.to_array(i)) for i in initializers
                    if i.name.endswith("codes_zero_point"))  # fmt: skip
     assert_same(q, path, images(7, seed=2))

@@ -64,7 +64,9 @@ def run(model: nn.Module, x: Tensor, folder: Path) -> list[np.ndarray[Any, Any]]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    outputs: list[np.ndarray[Any, Any]] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    outputs: list[np.ndarray[Any, Any]] = session.run(
+        None, {session.get_inputs()[0].name: x.numpy()}
+    )
     return outputs
 
 

@@ -269,3 +269,14 @@ def test_recipe_fields_reach_the_pass() -> None:
     assert alone is not None
     assert alone.fold_values
     assert not alone.refit
+
+
+def test_a_module_called_twice_gets_a_weight_for_each_call(tmp_path: Path) -> None:
+    model = randomize(Tower(layers=2))
+    model.blocks[1] = model.blocks[0]
+    x = tokens(6)
+    q = qwt_fx.quantize(model, (x,), [x], QuantConfig())
+    with torch.no_grad():
+        assert sqnr_db(model(x), q(x)) > 30.0
+        qwt_fx.save(q, tmp_path / "a")
+        assert torch.equal(qwt_fx.load(tmp_path / "a")(x), q(x))

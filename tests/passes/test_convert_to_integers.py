@@ -96,3 +96,12 @@ def test_save_and_load_change_no_bit(config: QuantConfig, tmp_path) -> None:
     assert qwt_fx.qparams(loaded).keys() == qwt_fx.qparams(q).keys()
     assert qwt_fx.report(loaded)["blocks"] == qwt_fx.report(q)["blocks"]
     assert torch.equal(qwt_fx.lower(loaded, "eager")(x), q(x))
+
+
+def test_a_last_linear_without_bias_is_saved(tmp_path) -> None:
+    """Its weight stands next to the inputs, and no operator may come before these."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)).eval()
+    x = torch.randn(6, 8)
+    q = qwt_fx.quantize(model, (x,), [x], QuantConfig(recipe="repq-vit"))
+    qwt_fx.save(q, tmp_path / "a")
+    assert torch.equal(qwt_fx.load(tmp_path / "a")(x), q(x))

@@ -1,0 +1,130 @@
+"""Casts what a lowered graph computes in float32 to half precision; quantizers stay in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx import ops, torch_ao
+from qwt_fx.backends.int8_gemm import INT8_LINEAR
+from qwt_fx.errors import PreconditionError
+from qwt_fx.graph import (
+    CONVOLUTIONS,
+    LAYER_NORM,
+    LINEAR,
+    MATMULS,
+    RMS_NORM,
+    add_tensor,
+    get_attr,
+    is_call,
+    tensor_of,
+)
+
+aten = torch.ops.aten
+_DEQUANTIZE = frozenset(
+    {
+        torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL,
+        ops.DEQUANTIZE_LOG_SQRT2,
+    }
+)  # fmt: skip
+_QUANTIZE = frozenset(
+    {
+        torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_CHANNEL,
+        ops.QUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_AFFINE,
+    }
+)  # fmt: skip
+# Their constants are scales and biases, which stay exact.
+_KEEP = _DEQUANTIZE | _QUANTIZE | {INT8_LINEAR}
+# Readers that take one dtype only: an input of the model is cast for them, and for nothing else,
+# because nothing else tells floating-point inputs from token ids in a graph without shapes.
+_ONE_DTYPE = CONVOLUTIONS | MATMULS | {LINEAR, LAYER_NORM, RMS_NORM}
+
+
+def cast_floating(gm: GraphModule, dtype: torch.dtype) -> None:
+    """Cast in place; inputs and outputs of the graph keep their dtypes.
+
+    Raises `PreconditionError` for a graph that computes in another dtype than float32, or in
+    `dtype` already.
+    """
+    if other := _other_dtypes(gm, dtype):
+        raise PreconditionError(
+            f"precision: the graph computes in {other.pop()}, wanted a float32 graph; "
+            "leave the precision out to keep the graph's own"
+        )
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr":
+            _cast_constant(gm, node, dtype)
+        elif node.op == "placeholder":
+            _cast_for(gm, node, [u for u in node.users if is_call(u, _ONE_DTYPE)], dtype)
+        elif is_call(node, _DEQUANTIZE):
+            _cast_for(gm, node, list(node.users), dtype)
+        elif is_call(node, {INT8_LINEAR}):
+            node.args = tuple(dtype if a is torch.float32 else a for a in node.args)
+        elif node.op == "call_function" and node.target not in _KEEP:
+            _replace_dtype(node, dtype)
+        elif is_call(node, {ops.QUANTIZE_LOG_SQRT2}):
+            with gm.graph.inserting_before(node):
+                wide = gm.graph.call_function(aten.to.dtype, (node.args[0], torch.float32))
+            node.args = (wide, *node.args[1:])
+        elif node.op == "output":
+            _cast_outputs(gm, node)
+    _store_cast_constants(gm)
+
+
+def _other_dtypes(gm: GraphModule, dtype: torch.dtype) -> set[torch.dtype]:
+    found = {p.dtype for p in gm.parameters() if p.is_floating_point()}
+    return found - {torch.float32, dtype}
+
+
+def _cast_constant(gm: GraphModule, node: Node, dtype: torch.dtype) -> None:
+    value = tensor_of(gm, node)
+    readers = [u for u in node.users if not is_call(u, _KEEP)]
+    if value is None or value.dtype is not torch.float32 or not readers:
+        return
+    with gm.graph.inserting_before(node):
+        cast = add_tensor(gm, str(node.target), value.detach().to(dtype))
+    for reader in readers:
+        reader.replace_input_with(node, cast)
+
+
+def _cast_for(gm: GraphModule, node: Node, readers: list[Node], dtype: torch.dtype) -> None:
+    if not readers:
+        return
+    with gm.graph.inserting_after(node):
+        cast = gm.graph.call_function(aten.to.dtype, (node, dtype))
+    for reader in readers:
+        reader.replace_input_with(node, cast)
+
+
+def _replace_dtype(node: Node, dtype: torch.dtype) -> None:
+    node.args = tuple(dtype if a is torch.float32 else a for a in node.args)
+    node.kwargs = {k: dtype if v is torch.float32 else v for k, v in node.kwargs.items()}
+
+
+def _cast_outputs(gm: GraphModule, output: Node) -> None:
+    for node in output.all_input_nodes:
+        value = node.meta.get("val")
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if node.op == "placeholder" or whole:
+            continue
+        with gm.graph.inserting_before(output):
+            wide = gm.graph.call_function(aten.to.dtype, (node, torch.float32))
+        output.replace_input_with(node, wide)
+
+
+def _store_cast_constants(gm: GraphModule) -> None:
+    """A cast of a stored tensor, such as a compensation in half precision, is done once, here."""
+    for node in list(gm.graph.nodes):
+        if not is_call(node, {aten.to.dtype}) or len(node.args) != 2 or node.kwargs:
+            continue
+        source: Any = node.args[0]
+        if not isinstance(source, Node) or source.op != "get_attr":
+            continue
+        value = get_attr(gm, str(source.target)).detach().to(node.args[1])
+        with gm.graph.inserting_before(node):
+            stored = add_tensor(gm, f"{source.target}_cast", value)
+        node.replace_all_uses_with(stored)
+        gm.graph.erase_node(node)

@@ -1,0 +1,142 @@
+"""What runs a tower, by the names of `qwt-fx bench`: a registry of factories.
+
+A runtime is added by one entry in `RUNTIMES`: a function of a `Source` that returns a `Prepared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from qwt_fx.backends import audit_of, lower_to
+from qwt_fx.backends.compiled import compile_graph
+from qwt_fx.errors import ConfigError, PreconditionError
+from qwt_fx.graph import compute_nodes, layer_name
+from qwt_fx.kernel_audit import LayerKernel
+
+Run = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tower to run.
+
+    Attributes:
+        tower: "image" or "text".
+        quantized: the converted graph, on the CPU.
+        floating: the same tower in FP32, on the CPU.
+    """
+
+    tower: str
+    quantized: GraphModule
+    floating: nn.Module
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tower, ready to run.
+
+    Attributes:
+        run: one batch (n, ...) to its embeddings; returns when they are there. The first call with
+            a new shape may compile.
+        kernels: what computes each layer.
+        weight_bytes: of the tensors it holds.
+    """
+
+    run: Run
+    kernels: list[LayerKernel]
+    weight_bytes: int
+
+
+Factory = Callable[[Source], Prepared]
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
+    return sum(tensors.values())
+
+
+def _no_grad(module: Callable[..., Any]) -> Run:
+    def run(x: Tensor) -> Any:
+        with torch.no_grad():
+            return module(x)
+
+    return run
+
+
+def _floating_kernels(source: Source) -> list[LayerKernel]:
+    return [
+        LayerKernel(layer_name(node), False, str(node.target), "a floating-point runtime")
+        for node in compute_nodes(source.quantized)
+    ]
+
+
+def _fp32_eager(source: Source) -> Prepared:
+    module = source.floating
+    return Prepared(_no_grad(module), _floating_kernels(source), _bytes(module))
+
+
+def _fp32_compile(source: Source) -> Prepared:
+    module = source.floating
+    return Prepared(compile_graph(module), _floating_kernels(source), _bytes(module))
+
+
+def _bf16_compile(source: Source) -> Prepared:
+    """By autocast: products in bfloat16, norms and softmax in float32."""
+    compiled = compile_graph(source.floating)
+
+    def run(x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return compiled(x)
+
+    return Prepared(run, _floating_kernels(source), _bytes(source.floating))
+
+
+def _eager(source: Source) -> Prepared:
+    lowered = lower_to(source.quantized, "eager")
+    return Prepared(_no_grad(lowered), audit_of(lowered), _bytes(lowered))
+
+
+def _x86(source: Source) -> Prepared:
+    lowered = lower_to(source.quantized, "x86")
+    return Prepared(compile_graph(lowered), audit_of(lowered), _bytes(lowered))
+
+
+def _cuda(source: Source) -> Prepared:
+    if not torch.cuda.is_available():
+        raise PreconditionError("runtime cuda: this process sees no CUDA device")
+    lowered = lower_to(source.quantized.to("cuda"), "cuda")
+    source.quantized.to("cpu")
+    compiled = torch.compile(lowered, mode="max-autotune", dynamic=False)
+
+    def run(x: Tensor) -> Any:
+        with torch.no_grad():
+            result = compiled(x.to("cuda"))
+        torch.cuda.synchronize()
+        return result
+
+    return Prepared(run, audit_of(lowered), _bytes(lowered))
+
+
+RUNTIMES: dict[str, Factory] = {
+    "fp32-eager": _fp32_eager,
+    "fp32-compile": _fp32_compile,
+    "bf16-compile": _bf16_compile,
+    "eager": _eager,
+    "x86": _x86,
+    "cuda": _cuda,
+}
+# Those that claim to compute in integers: one where nothing is an integer is refused.
+INTEGER = frozenset({"x86", "cuda", "aoti", "onnxruntime", "openvino"})
+
+
+def runtime_for(name: str) -> Factory:
+    """The runtime with this name. Raises `ConfigError` for an unknown one."""
+    if name not in RUNTIMES:
+        raise ConfigError(f"runtime: got {name!r}, wanted one of {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]

@@ -1,0 +1,88 @@
+"""The x86 backend: linears and patch embeddings in oneDNN's u8 x s8 kernels, the rest for Inductor.
+
+The lowered graph runs as it is, and under `qwt_fx.backends.compiled.compile_graph`, which fuses what
+is between the products. See docs/x86.md for what is exact and what this CPU does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qwt_fx import torch_ao
+from qwt_fx.backends.eager import Eager
+from qwt_fx.backends.saturation import QLINEAR
+from qwt_fx.backends.x86_fusion import FUSED, fuse_quantizers
+from qwt_fx.backends.x86_layer import PARTS, QLINEAR_ADD, LayerLowering, why_not
+from qwt_fx.errors import PreconditionError
+from qwt_fx.graph import compute_nodes, is_call, layer_name
+from qwt_fx.integer_layers import FloatLayer, layers_to_lower
+from qwt_fx.kernel_audit import LayerKernel
+from qwt_fx.pass_base import clean_up
+
+_REASON = "float_reason"  # meta of a product left in floating point
+_PRODUCTS = frozenset({QLINEAR, QLINEAR_ADD})
+
+
+class X86:
+    """Lowers to `onednn::qlinear_pointwise`."""
+
+    def lower(self, quantized: GraphModule) -> GraphModule:
+        """A lowered copy, called like the graph.
+
+        Raises `PreconditionError` for a graph not converted or not storable, one whose tensors are
+        not on the CPU, and a torch without oneDNN.
+        """
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            raise PreconditionError("x86: this torch was built without oneDNN; use backend='eager'")
+        gm = Eager().lower(quantized)
+        devices = {str(t.device) for t in (*gm.parameters(), *gm.buffers())}
+        if devices - {"cpu"}:
+            raise PreconditionError(
+                f"x86: tensors are on {', '.join(sorted(devices))}, wanted cpu: move the graph first"
+            )
+        _share_quantizers(gm)
+        lowering = LayerLowering(gm)
+        for layer in list(layers_to_lower(gm)):
+            reason = layer.reason if isinstance(layer, FloatLayer) else why_not(layer)
+            if isinstance(layer, FloatLayer) or reason is not None:
+                layer.node.meta[_REASON] = reason
+            else:
+                lowering.lower(layer)
+        gm.graph.eliminate_dead_code()
+        fuse_quantizers(gm)
+        clean_up(gm)
+        return gm
+
+    def audit(self, lowered: GraphModule) -> list[LayerKernel]:
+        """What computes each layer of a graph this backend lowered, in graph order."""
+        floating = set(compute_nodes(lowered))
+        found: dict[str, LayerKernel] = {}
+        for node in lowered.graph.nodes:
+            if is_call(node, _PRODUCTS):
+                name = layer_name(node)
+                found.setdefault(name, LayerKernel(name, True, _kernel(node)))
+            elif node in floating:
+                reason = node.meta.get(_REASON, "the graph was not lowered by the x86 backend")
+                name = layer_name(node)
+                found.setdefault(name, LayerKernel(name, False, str(node.target), reason))
+        return list(found.values())
+
+
+def _kernel(node: Node) -> str:
+    name = " + ".join(["onednn::qlinear_pointwise", *node.meta.get(FUSED, [])])
+    parts = node.meta.get(PARTS, 1)
+    if parts > 1:
+        return f"{name}, {parts} exact products: one would saturate int16 on this CPU"
+    return name
+
+
+def _share_quantizers(gm: GraphModule) -> None:
+    """Layers that quantize the same value alike read the same codes."""
+    first: dict[tuple[object, ...], Node] = {}
+    for node in list(gm.graph.nodes):
+        if is_call(node, {torch_ao.QUANTIZE_PER_TENSOR}):
+            same = first.setdefault(tuple(node.args), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
+                gm.graph.erase_node(node)
