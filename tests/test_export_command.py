@@ -181,7 +181,8 @@ def test_aoti_packages_run(artifact: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_demos_accuracy_is_reproduced_without_torch(tmp_path: Path) -> None:
     write_files(tmp_path, "hard")
-    names = ["--model", str(tmp_path / "model.json"), "--pretrained", str(tmp_path / "model.safetensors")]  # fmt: skip
+    weights = str(tmp_path / "model.safetensors")
+    names = ["--model", str(tmp_path / "model.json"), "--pretrained", weights]
     data = ["--train-data", str(tmp_path / "calib-{000..003}.tar"), "--calib-samples", "128"]
     bits = ["--w-bits", "6", "--a-bits", "6"]
     assert main(["quantize", *names, *data, *bits, "--output", str(tmp_path / "a")]) == 0

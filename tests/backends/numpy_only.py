@@ -20,13 +20,12 @@ class Refuse(importlib.abc.MetaPathFinder):
             "timm",
         ):
             raise ImportError(f"{name} must not be needed")
-        return None
 
 
 sys.meta_path.insert(0, Refuse())
 
-import numpy
-import onnxruntime
+import numpy  # noqa: E402
+import onnxruntime  # noqa: E402
 
 files, arrays, target = sys.argv[1:3], sys.argv[3:5], sys.argv[5]
 features = {}
