@@ -22,12 +22,19 @@ aten = torch.ops.aten
 _MAX_BATCH = 1 << 20
 
 
-def check_exportable(quantized: GraphModule) -> None:
-    """Raise `PreconditionError` for a graph not converted, or one no integer type can hold."""
+def check_exportable(quantized: GraphModule, example_inputs: tuple[Tensor, ...]) -> None:
+    """Raise `PreconditionError` for a graph not converted, one no integer type can hold, or an
+    example that is a shorter text than the graph takes."""
     if any(n.op == "call_module" for n in quantized.graph.nodes):
         raise PreconditionError("the graph is not converted: call qwt_fx.convert first")
     if reason := graph_info(quantized).unstorable:
         raise PreconditionError(f"cannot export: {reason}")
+    context = graph_info(quantized).context_length
+    lengths = [int(x.shape[1]) for x in example_inputs if context is not None]
+    if any(length != context for length in lengths):
+        raise PreconditionError(
+            f"example_inputs: got texts of {lengths[0]} ids, wanted the whole context of {context}"
+        )
 
 
 def export_program(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> ExportedProgram:
@@ -103,7 +110,7 @@ def save_aoti(quantized: GraphModule, path: Path, example_inputs: tuple[Tensor, 
 def _standard_program(
     quantized: GraphModule, example_inputs: tuple[Tensor, ...]
 ) -> ExportedProgram:
-    check_exportable(quantized)
+    check_exportable(quantized, example_inputs)
     gm = copy.deepcopy(quantized)
     _write_out_log_sqrt2(gm)
     return export_program(gm, example_inputs)

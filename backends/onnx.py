@@ -62,7 +62,7 @@ def export_onnx(
     require_onnx()
     from qwt_fx.backends.onnx_model import drop_traces, name_products, store_weights
 
-    check_exportable(quantized)
+    check_exportable(quantized, example_inputs)
     storage = storage or Storage()
     layout = lay_out(quantized, example_inputs, storage)
     program: Any = _translate(layout, storage, example_inputs, input_names, output_names)

@@ -23,6 +23,7 @@ from qwt_fx.cli import main
 from qwt_fx.clip import ClipModel
 from qwt_fx.commands import verify
 from qwt_fx.demo.assets import write_files
+from qwt_fx.errors import PreconditionError
 from qwt_fx.metrics import normalized
 from qwt_fx.towers import ImageTower, TextTower
 
@@ -163,6 +164,9 @@ def test_pt2_takes_any_batch_and_any_length(artifact: Path, tmp_path: Path) -> N
     with torch.no_grad():
         for ids in (texts, texts[:1], short[:, :8].contiguous()):
             torch.testing.assert_close(run(ids), model.text(ids))
+    for format, name in (("pt2", "b.pt2"), ("onnx", "b.onnx")):
+        with pytest.raises(PreconditionError, match="whole context of 12"):
+            qwt_fx.export(model.text, tmp_path / name, short[:, :8], format=format)
 
 
 @pytest.mark.slow
