@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.compiled import compile_graph
-from qwt_fx.backends.exports import export_graph
+from qwt_fx.backends.exports import SUFFIXES, export_graph, runner_of
 from qwt_fx.backends.onnx_runtime import audit, onnx_runtime_session
 from qwt_fx.backends.openvino_runtime import openvino_model
 from qwt_fx.errors import ConfigError, PreconditionError
@@ -130,26 +130,34 @@ def _cuda(source: Source) -> Prepared:
     return Prepared(run, audit_of(lowered), _bytes(lowered))
 
 
-def _exported(source: Source, folder: str, pack: str) -> Path:
+def _exported(source: Source, folder: str, format: str, pack: str) -> Path:
     if source.example is None:
         raise PreconditionError("a runtime of exported files needs Source.example")
-    path = Path(folder) / f"{source.tower}.onnx"
-    export_graph(source.quantized, path, (source.example,), format="onnx", pack=pack)
+    path = Path(folder) / f"{source.tower}{SUFFIXES[format]}"
+    export_graph(source.quantized, path, (source.example,), format=format, pack=pack)
     return path
 
 
 def _onnxruntime(source: Source) -> Prepared:
     with tempfile.TemporaryDirectory() as folder:
-        path = _exported(source, folder, "auto")
+        path = _exported(source, folder, "onnx", "auto")
         session = onnx_runtime_session(path, threads=torch.get_num_threads())
         return Prepared(session, audit(path), path.stat().st_size)
 
 
 def _openvino(source: Source) -> Prepared:
     with tempfile.TemporaryDirectory() as folder:
-        path = _exported(source, folder, "int8")
+        path = _exported(source, folder, "onnx", "int8")
         model = openvino_model(path, threads=torch.get_num_threads())
         return Prepared(model, model.audit(), path.stat().st_size)
+
+
+def _aoti(source: Source) -> Prepared:
+    with tempfile.TemporaryDirectory() as folder:
+        path = _exported(source, folder, "aoti", "auto")
+        reason = "AOTInductor compiles q/dq operators and floating-point products"
+        kernels = [replace(k, reason=reason) for k in _floating_kernels(source)]
+        return Prepared(runner_of(path, "aoti"), kernels, path.stat().st_size)
 
 
 RUNTIMES: dict[str, Factory] = {
@@ -159,11 +167,12 @@ RUNTIMES: dict[str, Factory] = {
     "eager": _eager,
     "x86": _x86,
     "cuda": _cuda,
+    "aoti": _aoti,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
 # Those that claim to compute in integers: one where nothing is an integer is refused.
-INTEGER = frozenset({"x86", "cuda", "aoti", "onnxruntime", "openvino"})
+INTEGER = frozenset({"x86", "cuda", "onnxruntime", "openvino"})
 
 
 def runtime_for(name: str) -> Factory:

@@ -90,8 +90,8 @@ def test_bench_compares_integer_kernels_with_the_compiled_model(
     medians = [rows[name]["median_seconds"] for name in ("fp32-compile", "x86")]
     assert rows["x86"]["speedup"] == pytest.approx(medians[0] / medians[1])
     layers = {la["name"]: la for la in report["layers"] if la["runtime"] == "x86"}
-    assert layers["transformer.resblocks.0.mlp.c_proj"]["integer_kernel"]
-    skipped = layers["transformer.resblocks.0.mlp.c_fc"]
+    assert layers["visual.transformer.resblocks.0.mlp.c_proj"]["integer_kernel"]
+    skipped = layers["visual.transformer.resblocks.0.mlp.c_fc"]
     assert not skipped["integer_kernel"] and "weight is not quantized" in skipped["reason"]
 
 
