@@ -5,8 +5,10 @@ A runtime is added by one entry in `RUNTIMES`: a function of a `Source` that ret
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from torch.fx import GraphModule
 
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.compiled import compile_graph
+from qwt_fx.backends.exports import SUFFIXES, export_graph, runner_of
+from qwt_fx.backends.onnx_runtime import audit, onnx_runtime_session
+from qwt_fx.backends.openvino_runtime import openvino_model
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.graph import compute_nodes, layer_name
 from qwt_fx.kernel_audit import LayerKernel
@@ -30,11 +35,13 @@ class Source:
         tower: "image" or "text".
         quantized: the converted graph, on the CPU.
         floating: the same tower in FP32, on the CPU.
+        example: a batch of its inputs, texts of full length: what runtimes of files export with.
     """
 
     tower: str
     quantized: GraphModule
     floating: nn.Module
+    example: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,36 @@ def _cuda(source: Source) -> Prepared:
     return Prepared(run, audit_of(lowered), _bytes(lowered))
 
 
+def _exported(source: Source, folder: str, format: str, pack: str) -> Path:
+    if source.example is None:
+        raise PreconditionError("a runtime of exported files needs Source.example")
+    path = Path(folder) / f"{source.tower}{SUFFIXES[format]}"
+    export_graph(source.quantized, path, (source.example,), format=format, pack=pack)
+    return path
+
+
+def _onnxruntime(source: Source) -> Prepared:
+    with tempfile.TemporaryDirectory() as folder:
+        path = _exported(source, folder, "onnx", "auto")
+        session = onnx_runtime_session(path, threads=torch.get_num_threads())
+        return Prepared(session, audit(path), path.stat().st_size)
+
+
+def _openvino(source: Source) -> Prepared:
+    with tempfile.TemporaryDirectory() as folder:
+        path = _exported(source, folder, "onnx", "int8")
+        model = openvino_model(path, threads=torch.get_num_threads())
+        return Prepared(model, model.audit(), path.stat().st_size)
+
+
+def _aoti(source: Source) -> Prepared:
+    with tempfile.TemporaryDirectory() as folder:
+        path = _exported(source, folder, "aoti", "auto")
+        reason = "AOTInductor compiles q/dq operators and floating-point products"
+        kernels = [replace(k, reason=reason) for k in _floating_kernels(source)]
+        return Prepared(runner_of(path, "aoti"), kernels, path.stat().st_size)
+
+
 RUNTIMES: dict[str, Factory] = {
     "fp32-eager": _fp32_eager,
     "fp32-compile": _fp32_compile,
@@ -130,9 +167,12 @@ RUNTIMES: dict[str, Factory] = {
     "eager": _eager,
     "x86": _x86,
     "cuda": _cuda,
+    "aoti": _aoti,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
 }
 # Those that claim to compute in integers: one where nothing is an integer is refused.
-INTEGER = frozenset({"x86", "cuda", "aoti", "onnxruntime", "openvino"})
+INTEGER = frozenset({"x86", "cuda", "onnxruntime", "openvino"})
 
 
 def runtime_for(name: str) -> Factory:

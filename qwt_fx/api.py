@@ -1,4 +1,4 @@
-"""The functions users call: prepare, calibrate, convert, lower, quantize, save, load, report.
+"""The functions users call: prepare, calibrate, convert, lower, quantize, save, load, export, report.
 
 No maths here: this module orders the passes.
 """
@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from qwt_fx.artifact import load_graph, save_graph
 from qwt_fx.backends import audit_of, lower_to
+from qwt_fx.backends.exports import export_graph
 from qwt_fx.capture import capture
 from qwt_fx.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError
@@ -47,8 +48,8 @@ from qwt_fx.report import build_report
 from qwt_fx.runner import check_batches
 
 __all__ = [
-    "calibrate", "capture", "compensations", "convert", "kernel_audit", "load", "lower", "observe",
-    "prepare", "qparams", "quantize", "report", "save", "simulate",
+    "calibrate", "capture", "compensations", "convert", "export", "kernel_audit", "load", "lower",
+    "observe", "prepare", "qparams", "quantize", "report", "save", "simulate",
 ]  # fmt: skip
 
 Seconds = dict[str, float]
@@ -264,3 +265,36 @@ def load(path: str | PathLike[str]) -> GraphModule:
     Raises `ArtifactError` for a damaged artifact, or one of the CLI, which `clip.load` reads.
     """
     return load_graph(Path(path))
+
+
+def export(
+    quantized: GraphModule,
+    path: str | PathLike[str],
+    example_inputs: tuple[Any, ...] | Tensor,
+    *,
+    format: str = "onnx",
+    pack: str = "auto",
+    input_names: tuple[str, ...] | None = None,
+    output_names: tuple[str, ...] | None = None,
+) -> None:
+    """Write one converted graph for another runtime, atomically; batch and text length stay dynamic.
+
+    Args:
+        quantized: a converted graph on the CPU.
+        path: the file: `.onnx`, or `.pt2` for the formats pt2 and aoti.
+        example_inputs: one tensor an input, any batch size.
+        format: "onnx" (extra `onnx`); "pt2", torch.export's own; "aoti", an AOTInductor package.
+        pack: how ONNX weights are stored. "auto": int8, or uint8 where int8 products could overflow
+            on CPUs without VNNI; "int8": int8 with zero point 0, for OpenVINO; "int4": weights of
+            at most 4 bits in 4 bits, which ONNX Runtime's CPU multiplies in floating point.
+        input_names, output_names: names in the ONNX model; the graph's own by default.
+
+    Raises `ConfigError` for an unknown format or pack, `MissingExtraError` without the extra,
+    `PreconditionError` for a graph that is not converted or cannot be exported, `OutputError` when
+    writing fails.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    export_graph(
+        quantized, Path(path), inputs, format=format, pack=pack, input_names=input_names,
+        output_names=output_names,
+    )  # fmt: skip

@@ -25,6 +25,7 @@ except ImportError:  # not POSIX: two runs into one folder are not told apart
 
 PARTIAL_SUFFIX = ".partial"
 REPORT = "report.json"
+PREPROCESS = "preprocess.json"  # in an export: its "files" are the others
 _ASIDE = ".{}.qwt-fx-replaced"
 _MARKER = ".qwt-fx-partial"
 
@@ -68,7 +69,8 @@ def _json_object(path: Path) -> dict[str, Any]:
 def foreign_entry(folder: Path) -> str | None:
     """The first entry of a folder that is not qwt-fx's own; `None` for a folder of ours.
 
-    Ours are an empty folder, one with nothing but a report, and an artifact with its report.
+    Ours are an empty folder, one with nothing but a report, an artifact with its report, and an
+    export.
     """
     names = sorted(path.name for path in folder.iterdir())
     index = _json_object(folder / INDEX)
@@ -78,6 +80,9 @@ def foreign_entry(folder: Path) -> str | None:
         own |= {INDEX, REPORT, *(files if isinstance(files, dict) else ())}
     elif {"qwt_fx", "schema"} <= set(_json_object(folder / REPORT)):
         own |= {REPORT}
+    exported = _json_object(folder / PREPROCESS)
+    if "qwt_fx" in exported and isinstance(exported.get("files"), list):
+        own |= {PREPROCESS, *(name for name in exported["files"] if isinstance(name, str))}
     return next((n for n in names if n not in own or (folder / n).is_symlink()), None)
 
 
@@ -85,7 +90,7 @@ class OutputDirectory:
     """A folder that appears under its name only when the work inside the `with` block succeeded.
 
     The work lies in `path`, `DIR.partial/`, which is kept on failure. An absent or empty folder and
-    an existing artifact or report are replaced, anything else only with `force`, and never the
+    an existing artifact, report or export are replaced, anything else only with `force`, and never the
     file system's root, a mount point, the home or current folder or a parent of these.
 
     Args:

@@ -17,9 +17,10 @@ from qwt_fx.artifact import write_artifact
 from qwt_fx.backends import runtimes
 from qwt_fx.backends.runtimes import Prepared, Source
 from qwt_fx.cli import main
+from qwt_fx.errors import PreconditionError
 from qwt_fx.floating import floating_graph
 from qwt_fx.graph import compute_nodes
-from qwt_fx.kernel_audit import LayerKernel
+from qwt_fx.kernel_audit import LayerKernel, refuse_if_float
 from qwt_fx.machine import memory_of, processor
 from qwt_fx.measure import sqnr_db
 from qwt_fx.report import build_report
@@ -89,8 +90,8 @@ def test_bench_compares_integer_kernels_with_the_compiled_model(
     medians = [rows[name]["median_seconds"] for name in ("fp32-compile", "x86")]
     assert rows["x86"]["speedup"] == pytest.approx(medians[0] / medians[1])
     layers = {la["name"]: la for la in report["layers"] if la["runtime"] == "x86"}
-    assert layers["transformer.resblocks.0.mlp.c_proj"]["integer_kernel"]
-    skipped = layers["transformer.resblocks.0.mlp.c_fc"]
+    assert layers["visual.transformer.resblocks.0.mlp.c_proj"]["integer_kernel"]
+    skipped = layers["visual.transformer.resblocks.0.mlp.c_fc"]
     assert not skipped["integer_kernel"] and "weight is not quantized" in skipped["reason"]
 
 
@@ -179,3 +180,16 @@ def test_eager_and_fp32_runtimes_return_the_towers_outputs() -> None:
     with torch.no_grad():
         assert torch.equal(runtimes.RUNTIMES["fp32-eager"](source).run(x), visual(x))
         assert torch.equal(runtimes.RUNTIMES["eager"](source).run(x), q(x))
+
+
+def test_onnx_runtime_is_a_runtime_whose_layers_are_integers() -> None:
+    pytest.importorskip("onnxruntime")
+    x = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    visual: nn.Module = small_model().visual
+    q = qwt_fx.quantize(visual, (x,), [x], QuantConfig(recipe="repq-vit", compensation="none"))
+    prepared = runtimes.RUNTIMES["onnxruntime"](Source("image", q, visual, x))
+    refuse_if_float(prepared.kernels, "onnxruntime")
+    with torch.no_grad():
+        torch.testing.assert_close(prepared.run(x), q(x), atol=1e-4, rtol=1e-4)
+    with pytest.raises(PreconditionError, match="example"):
+        runtimes.RUNTIMES["onnxruntime"](Source("image", q, visual))

@@ -99,7 +99,8 @@ def _prepare(
 ) -> dict[str, Prepared]:
     quantized: Any = getattr(model, tower)
     yardstick = floating_graph(quantized) if floating is None else getattr(floating, tower)
-    source = Source(tower, quantized, yardstick)
+    example = model.image_example() if tower == "image" else model.text_example()
+    source = Source(tower, quantized, yardstick, example)
     return {name: runtime_for(name)(source) for name in names}
 
 

@@ -1,0 +1,125 @@
+"""Exports a converted graph to ONNX: QDQ nodes, integer initializers, a dynamic batch.
+
+What ONNX Runtime does with the file is read back by `qwt_fx.backends.onnx_runtime.audit`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from qwt_fx.backends.exported_program import check_exportable, export_program
+from qwt_fx.backends.onnx_layout import Layout, Storage, lay_out
+from qwt_fx.backends.onnx_runtime import LAYERS_KEY
+from qwt_fx.errors import MissingExtraError, PreconditionError
+from qwt_fx.graph import SDPA, compute_nodes, layer_name
+from qwt_fx.version import __version__
+
+# A protobuf message holds less than 2 GiB; larger weights go to a file beside it.
+_LARGEST_FILE = 1_900_000_000
+
+
+def require_onnx() -> None:
+    """Raise `MissingExtraError` where the packages of the extra `onnx` are not installed."""
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"ONNX export needs {error.name}: pip install 'qwt-fx[onnx]'"
+        ) from error
+
+
+def export_onnx(
+    quantized: GraphModule,
+    path: Path,
+    example_inputs: tuple[Tensor, ...],
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    storage: Storage | None = None,
+) -> None:
+    """Write a converted graph as an ONNX model; the graph is not changed.
+
+    Args:
+        quantized: a graph on the CPU that reads and returns tensors.
+        path: the file to write, not atomically: give a path in a folder of your own. Weights of
+            more than 1.9 GB go to `<path>.data`.
+        example_inputs: one tensor an input, any batch size.
+        input_names, output_names: names in the model; by default the graph's own.
+        storage: how weights are stored.
+
+    Raises `MissingExtraError` without the extra `onnx`, `PreconditionError` for a graph that is not
+    converted, cannot be stored, or that the exporter cannot translate.
+    """
+    require_onnx()
+    from qwt_fx.backends.onnx_model import drop_traces, name_products, store_weights
+
+    check_exportable(quantized, example_inputs)
+    storage = storage or Storage()
+    layout = lay_out(quantized, example_inputs, storage)
+    program: Any = _translate(layout, storage, example_inputs, input_names, output_names)
+    model = program.model
+    store_weights(model, layout.packed)
+    name_products(model, _product_names(layout), layout.layer_of)
+    drop_traces(model)
+    model.metadata_props[LAYERS_KEY] = json.dumps(layout.reasons)
+    model.producer_name, model.producer_version = "qwt-fx", __version__
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    program.save(str(path), external_data=size > _LARGEST_FILE)
+
+
+def _translate(
+    layout: Layout,
+    storage: Storage,
+    example_inputs: tuple[Tensor, ...],
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> Any:
+    import torch.onnx
+
+    from qwt_fx.backends.onnx_operators import OPSET, OPSET_INT4, translations
+
+    exported = export_program(layout.graph_module, example_inputs)
+    opset = OPSET_INT4 if storage.int4 else OPSET
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the exporter says about itself
+            return torch.onnx.export(
+                exported,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=input_names,
+                output_names=output_names,
+                custom_translation_table=translations(opset),
+            )
+    except Exception as error:  # the exporter raises many kinds
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise PreconditionError(
+            f"torch.onnx cannot translate the quantized graph: {first[0]}"
+        ) from error
+    finally:
+        log.setLevel(level)
+
+
+def _product_names(layout: Layout) -> list[str]:
+    """The layer of every product, in the order of the graph."""
+    names: list[str] = []
+    for node in compute_nodes(layout.graph_module):
+        # Attention that could not be written out becomes two products.
+        names += [layer_name(node)] * (2 if node.target is SDPA else 1)
+    return names

@@ -1,0 +1,209 @@
+"""Rewrites a converted graph into the shape that ONNX runtimes fuse into integer products.
+
+ONNX Runtime computes MatMul(DequantizeLinear(a), DequantizeLinear(w)) from integers when nothing stands
+between the two dequantizations and the product. So here
+
+* weights are stored transposed, (in, out);
+* shape-only operators move the codes, before they are dequantized;
+* the scales of positions multiply the product instead of the activation (exact: powers of two);
+* a convolution of patches that do not overlap is a matmul of the patches' codes;
+* fused attention is written out, so that every product of the source is one of the export.
+
+The function stays the same up to the order in which floating-point numbers are added.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from qwt_fx import torch_ao
+from qwt_fx.attention import decompose_attention, why_not_decomposable
+from qwt_fx.graph import SDPA, add_tensor, argument
+from qwt_fx.integer_layers import FloatLayer, IntegerLayer, IntegerWeight, layers_to_lower
+from qwt_fx.pass_base import clean_up
+
+aten = torch.ops.aten
+_INT4 = (-8, 7)
+_INT8 = (-128, 127)
+# uint8 x int8 products are added in pairs as int16 by CPUs with AVX2 but no VNNI. Weights of this range
+# cannot overflow there: 2 * 255 * 64 = 32640.
+_NO_OVERFLOW = (-64, 63)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How integer weights are stored.
+
+    Attributes:
+        int4: weights of at most 4 bits in 4 bits.
+        int8: every weight that fits it in int8 with zero point 0. Otherwise 8-bit weights are uint8
+            codes, because ONNX Runtime's int8 products overflow on CPUs without VNNI.
+    """
+
+    int4: bool = False
+    int8: bool = False
+
+
+@dataclass
+class Layout:
+    """A graph ready for the exporter.
+
+    Attributes:
+        graph_module: the rewritten copy.
+        reasons: layer name -> why it stays in floating point; `None` for an integer product. In
+            graph order.
+        layer_of: name of a weight's codes in the graph -> its layer.
+        packed: the codes among them that are to be stored in 4 bits.
+    """
+
+    graph_module: GraphModule
+    reasons: dict[str, str | None] = field(default_factory=dict)
+    layer_of: dict[str, str] = field(default_factory=dict)
+    packed: set[str] = field(default_factory=set)
+
+
+def lay_out(
+    quantized: GraphModule, example_inputs: tuple[Tensor, ...], storage: Storage | None = None
+) -> Layout:
+    """Rewrite a copy of a converted graph; `example_inputs` are of full length, any batch."""
+    gm = copy.deepcopy(quantized)
+    layout = Layout(gm)
+    storage = storage or Storage()
+    _record_shapes(gm, example_inputs)
+    for node in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
+        if why_not_decomposable(node) is None:
+            decompose_attention(gm, node)
+    for layer in list(layers_to_lower(gm)):
+        if isinstance(layer, FloatLayer):
+            layout.reasons[layer.name] = layer.reason
+        elif (reason := _why_not_a_matmul(layer)) is not None:
+            layout.reasons[layer.name] = reason
+        else:
+            layout.reasons[layer.name] = None
+            _rewrite(layout, layer, storage)
+    clean_up(gm)
+    return layout
+
+
+def _record_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> None:
+    """Shapes of every value on the example: an artifact does not keep them."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [mode.from_tensor(x) for x in example_inputs]
+    with torch.no_grad():
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
+
+
+def _why_not_a_matmul(layer: IntegerLayer) -> str | None:
+    if layer.node.target is aten.linear.default:
+        if layer.input.token_scale is not None and layer.input.moved_by:
+            return "its positions are moved between their scales and the product"
+        return None
+    kernel = list(layer.weight.codes.shape[2:])
+    if layer.node.target is not aten.conv2d.default:
+        return "a convolution that is not a plain conv2d"
+    stride, padding, dilation, groups = (
+        argument(layer.node, index, name, default)
+        for index, name, default in (
+            (3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1),
+        )
+    )  # fmt: skip
+    if _pair(stride) != kernel or _pair(padding) != [0, 0] or _pair(dilation) != [1, 1]:
+        return "a convolution whose patches overlap, are padded or dilated"
+    if groups != 1 or layer.input.token_scale is not None:
+        return "a convolution in groups"
+    return None
+
+
+def _pair(value: Any) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values * 2 if len(values) == 1 else values
+
+
+def _rewrite(layout: Layout, layer: IntegerLayer, storage: Storage) -> None:
+    gm, node = layout.graph_module, layer.node
+    call = gm.graph.call_function
+    with gm.graph.inserting_before(node):
+        codes: Node = layer.input.codes
+        for moved in layer.input.moved_by:
+            codes = call(moved.target, (codes, *moved.args[1:]), dict(moved.kwargs))
+        grid: list[Any] | None = None
+        if layer.weight.codes.dim() == 4:
+            codes, grid = _patches(gm, codes, layer)
+        limits = (layer.input.quant_min, layer.input.quant_max, torch.uint8)
+        qparams = (layer.input.scale, layer.input.zero_point, *limits)
+        rows = layer.node.args[0].meta["val"].dim() == 2  # type: ignore[union-attr]
+        if rows:  # a product of two matrices and an addition become a floating-point Gemm
+            codes = call(aten.unsqueeze.default, (codes, 0))
+        activation = call(torch_ao.DEQUANTIZE_PER_TENSOR, (codes, *qparams))
+        weight = _weight(layout, layer, storage)
+        new = call(aten.matmul.default, (activation, weight))
+        new.meta["layer"] = layer.name
+        if rows:
+            new = call(aten.squeeze.dim, (new, 0))
+        if layer.input.token_scale is not None:
+            new = call(aten.mul.Tensor, (new, layer.input.token_scale))
+        if layer.bias is not None:
+            new = call(aten.add.Tensor, (new, layer.bias))
+        if grid is not None:
+            rows = call(aten.permute.default, (new, [0, 2, 1]))
+            new = call(aten.reshape.default, (rows, [grid[0], -1, *grid[1:]]))
+    if "val" in node.meta:
+        new.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _patches(gm: GraphModule, codes: Node, layer: IntegerLayer) -> tuple[Node, list[Any]]:
+    """Codes (n, c, h, w) as (n, gh gw, c kh kw), and the sizes [n, gh, gw]."""
+    call = gm.graph.call_function
+    channels, kh, kw = layer.weight.codes.shape[1:]
+    height, width = layer.node.args[0].meta["val"].shape[2:]  # type: ignore[union-attr]
+    gh, gw = height // kh, width // kw
+    samples = call(aten.sym_size.int, (codes, 0))
+    if (height, width) != (gh * kh, gw * kw):  # what no patch covers
+        codes = call(aten.slice.Tensor, (codes, 2, 0, gh * kh))
+        codes = call(aten.slice.Tensor, (codes, 3, 0, gw * kw))
+    split = call(aten.reshape.default, (codes, [samples, channels, gh, kh, gw, kw]))
+    ordered = call(aten.permute.default, (split, [0, 2, 4, 1, 3, 5]))
+    rows = call(aten.reshape.default, (ordered, [samples, gh * gw, channels * kh * kw]))
+    return rows, [samples, gh, gw]
+
+
+def _weight(layout: Layout, layer: IntegerLayer, storage: Storage) -> Node:
+    """The dequantized weight (in, out)."""
+    gm, weight = layout.graph_module, layer.weight
+    codes, zero_point, limits = _stored(weight, storage)
+    rows = codes.reshape(codes.shape[0], -1).T.contiguous()
+    stem = f"{layer.name}_onnx".replace("@", "_")
+    codes_node = add_tensor(gm, f"{stem}_codes", rows)
+    scale_node = add_tensor(gm, f"{stem}_scale", weight.scale.float())
+    zeros = add_tensor(gm, f"{stem}_zero_point", zero_point)
+    layout.layer_of[str(codes_node.target)] = layer.name
+    if storage.int4 and weight.bits <= 4:
+        layout.packed.add(str(codes_node.target))
+    return gm.graph.call_function(
+        torch_ao.DEQUANTIZE_PER_CHANNEL, (codes_node, scale_node, zeros, 1, *limits, rows.dtype)
+    )
+
+
+def _stored(weight: IntegerWeight, storage: Storage) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Codes, zero points and the codes' limits as the export stores them."""
+    signed = weight.signed()
+    low, high = _NO_OVERFLOW
+    if storage.int8:
+        low, high = _INT8
+    if storage.int4 and weight.bits <= 4:
+        low, high = _INT4
+    if signed is not None and low <= int(signed.min()) and int(signed.max()) <= high:
+        # Zeros that are spelled out: some of ONNX Runtime's rewrites need them.
+        return signed, torch.zeros_like(weight.zero_point, dtype=torch.int64), (low, high)
+    # int64 zero points: the operator subtracts in the type it is given.
+    return weight.codes, weight.zero_point.to(torch.int64), (0, 2**weight.bits - 1)

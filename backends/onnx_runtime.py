@@ -1,0 +1,130 @@
+"""Runs exported ONNX models in ONNX Runtime, and tells which layers it computes from integers.
+
+Only numpy and onnxruntime are needed to run; the audit reads ONNX Runtime's optimized graph with onnx.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwt_fx.errors import ArtifactError, MissingExtraError
+from qwt_fx.kernel_audit import LayerKernel
+
+LAYERS_KEY = "qwt_fx.layers"  # metadata: a JSON object, layer -> why it is not integer, or null
+
+_INTEGER = frozenset(
+    {
+        "MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "MatMulInteger",
+        "ConvInteger", "DynamicQuantizeMatMul",
+    }
+)  # fmt: skip
+_FLOAT = frozenset(
+    {"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "ConvTranspose", "Einsum",
+     "MatMulNBits", "Attention", "MultiHeadAttention"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeSession:
+    """An exported tower in ONNX Runtime: called with a tensor, or an array, of its one input."""
+
+    session: Any
+    input_name: str
+
+    def run(self, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Features (n, e) float32 of images (n, 3, h, w) float32 or token ids (n, length) int64."""
+        features: np.ndarray[Any, Any] = self.session.run(None, {self.input_name: inputs})[0]
+        return features
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The same for tensors."""
+        return torch.from_numpy(self.run(inputs.numpy()))
+
+
+def onnx_runtime_session(path: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
+    """Open an exported model in ONNX Runtime on the CPU.
+
+    Args:
+        path: what `qwt-fx export --format onnx` wrote for one tower.
+        threads: of one product; ONNX Runtime's choice by default.
+
+    Raises `MissingExtraError` without onnxruntime, `ArtifactError` for a file it cannot open.
+    """
+    return _session(path, threads, None)
+
+
+def _session(path: Path, threads: int | None, optimized: Path | None) -> OnnxRuntimeSession:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError(
+            f"running ONNX models needs {error.name}: pip install 'qwt-fx[onnx]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    # Without VNNI, uint8 x int8 products may overflow; this computes them from uint8 x uint8.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's errors have no common base
+        first = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{path}: ONNX Runtime cannot open it: {first}") from error
+    return OnnxRuntimeSession(session, session.get_inputs()[0].name)
+
+
+def audit(path: Path) -> list[LayerKernel]:
+    """What computes each layer of an exported model, read from ONNX Runtime's optimized graph.
+
+    Raises `MissingExtraError` without the extra `onnx`, `ArtifactError` for another model.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the audit needs {error.name}: pip install 'qwt-fx[onnx]'"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session = _session(path, 1, optimized).session
+        graph = onnx.load(str(optimized), load_external_data=False).graph
+    kernels: dict[str, list[str]] = defaultdict(list)
+    for node in graph.node:
+        if node.op_type in _INTEGER | _FLOAT:
+            # A fusion adds its own name behind a slash.
+            kernels[node.name.partition("/")[0]].append(node.op_type)
+    layers = json.loads(_metadata(session, path))
+    return [_kernel(name, reason, kernels.get(name, [])) for name, reason in layers.items()]
+
+
+def _metadata(session: Any, path: Path) -> str:
+    known = session.get_modelmeta().custom_metadata_map
+    if LAYERS_KEY not in known:
+        raise ArtifactError(f"{path}: it was not exported by qwt-fx: its metadata names no layers")
+    text: str = known[LAYERS_KEY]
+    return text
+
+
+def _kernel(name: str, reason: str | None, found: list[str]) -> LayerKernel:
+    kernel = " + ".join(dict.fromkeys(found)) or "not identified"
+    if found and all(kind in _INTEGER for kind in found):
+        return LayerKernel(name, True, kernel)
+    if not found:
+        return LayerKernel(name, False, kernel, reason or "ONNX Runtime's graph does not name it")
+    return LayerKernel(
+        name, False, kernel, reason or f"ONNX Runtime computes it in floating point ({kernel})"
+    )

@@ -1,0 +1,100 @@
+"""Runs exported ONNX models in OpenVINO, and tells which layers it computes from integers.
+
+Export with `--pack int8`: OpenVINO computes from integers where weights are int8 with zero point 0.
+Its CPU plugin, too, adds uint8 x int8 products in pairs as int16 where the CPU has no VNNI, so 8-bit
+weights lose accuracy there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwt_fx.backends.onnx_runtime import LAYERS_KEY
+from qwt_fx.errors import ArtifactError, MissingExtraError
+from qwt_fx.kernel_audit import LayerKernel
+
+_PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"})
+
+
+@dataclass(frozen=True)
+class OpenVinoModel:
+    """An exported tower, compiled by OpenVINO: called with a tensor of its one input."""
+
+    compiled: Any
+    layers: dict[str, str | None]
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Features (n, e) float32 of images or token ids."""
+        return torch.from_numpy(np.array(self.compiled(inputs.numpy())[0]))
+
+    def audit(self) -> list[LayerKernel]:
+        """What computes each layer, read from the compiled graph."""
+        kernels: dict[str, str] = {}
+        for node in self.compiled.get_runtime_model().get_ordered_ops():
+            info = _reader(node.get_rt_info())
+            if info("layerType") in _PRODUCTS:
+                for name in info("originalLayersNames").split(","):
+                    kernels[name] = f"{info('layerType')} {info('primitiveType')}"
+        return [_kernel(name, reason, kernels.get(name)) for name, reason in self.layers.items()]
+
+
+def openvino_model(path: Path, *, threads: int | None = None) -> OpenVinoModel:
+    """Compile an exported model for the CPU.
+
+    Args:
+        path: what `qwt-fx export --format onnx --pack int8` wrote for one tower.
+        threads: OpenVINO's choice by default.
+
+    Raises `MissingExtraError` without the extra `openvino`, `ArtifactError` for a file it cannot
+    compile or that qwt-fx did not write.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError(
+            f"running in OpenVINO needs {error.name}: pip install 'qwt-fx[openvino]'"
+        ) from error
+    options = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    try:
+        compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{path}: OpenVINO cannot compile it: {first}") from error
+    return OpenVinoModel(compiled, _layers(path))
+
+
+def _layers(path: Path) -> dict[str, str | None]:
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    if LAYERS_KEY not in known:
+        raise ArtifactError(f"{path}: it was not exported by qwt-fx: its metadata names no layers")
+    layers: dict[str, str | None] = json.loads(known[LAYERS_KEY])
+    return layers
+
+
+def _reader(info: Any) -> Callable[[str], str]:
+    def read(key: str) -> str:
+        value = info[key]
+        return str(getattr(value, "value", value))
+
+    return read
+
+
+def _kernel(name: str, reason: str | None, kernel: str | None) -> LayerKernel:
+    if kernel is None:
+        return LayerKernel(name, False, "not identified", reason or "fused into something else")
+    if kernel.lower().endswith("i8"):
+        return LayerKernel(name, True, kernel)
+    return LayerKernel(
+        name, False, kernel, reason or f"OpenVINO computes it in floating point ({kernel})"
+    )

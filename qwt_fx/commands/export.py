@@ -1,0 +1,188 @@
+"""`qwt-fx export`: an artifact's towers as ONNX, pt2 or AOTInductor files, with what runs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from qwt_fx import api, clip
+from qwt_fx.artifact import read_artifact
+from qwt_fx.backends.exports import PACKS, SUFFIXES, check_format
+from qwt_fx.backends.onnx_runtime import audit
+from qwt_fx.clip import ClipModel
+from qwt_fx.commands.arguments import add_calibration, add_common, add_model
+from qwt_fx.commands.inputs import load_batches, load_model
+from qwt_fx.commands.pipeline import TOWERS
+from qwt_fx.commands.screen import Screen, megabytes
+from qwt_fx.commands.verify import noise_batches, verify
+from qwt_fx.errors import ConfigError, MissingExtraError
+from qwt_fx.output import PREPROCESS, OutputDirectory, write_text_atomic
+from qwt_fx.version import __version__
+
+TOKENIZER = "tokenizer.txt"
+EXAMPLE = """\
+example:
+  qwt-fx export --artifact vit-b-32-w8a8 --format onnx --output vit-b-32-onnx \\
+      --verify --train-data 'cc3m-train-{0000..0575}.tar'
+
+--verify runs the artifact and the exported files on calibration pairs (on seeded noise without
+--train-data), prints cosine, SQNR and top-1 agreement, and exits with code 3 below 40 dB or 99.5 %. An
+artifact holds no FP32 model: it is compared, too, when --model is given.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the program."""
+    parser = commands.add_parser(
+        "export",
+        help="write ONNX, pt2 or AOTInductor files",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--artifact", metavar="DIR", required=True, help="what quantize wrote")
+    parser.add_argument("--format", choices=tuple(SUFFIXES), required=True)
+    parser.add_argument("--tower", choices=(*TOWERS, "both"), default="both")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder of the files")
+    parser.add_argument("--force", action="store_true", help="replace a folder of another kind")
+    parser.add_argument(
+        "--pack",
+        choices=PACKS,
+        default="auto",
+        help="ONNX weights: auto (default), int8 (zero point 0, for OpenVINO) or int4 (small, "
+        "multiplied in floating point by ONNX Runtime)",
+    )
+    parser.add_argument("--verify", action="store_true", help="compare with the artifact")
+    add_model(parser)
+    add_calibration(parser)
+    add_common(parser)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    check_format(args.format, args.pack)
+    if not args.verify and (args.train_data is not None or args.model is not None):
+        raise ConfigError("--train-data and --model are for --verify: give it, or leave them out")
+    screen = Screen(args.quiet)
+    artifact = read_artifact(Path(args.artifact))
+    model = clip.from_artifact(artifact)
+    towers = TOWERS if args.tower == "both" else (args.tower,)
+    with OutputDirectory(Path(args.output), force=args.force) as output:
+        for tower in towers:
+            with screen.phase(f"{tower} tower: export"):
+                _export(model, tower, args, output.path)
+        files = sorted(path.name for path in output.path.iterdir() if not path.name.startswith("."))
+        document = preprocess_document(model) | {
+            "classifier": artifact.extra.get("classifier"), "files": [*files, TOKENIZER]
+        }  # fmt: skip
+        write_text_atomic(output.path / PREPROCESS, json.dumps(document, indent=1) + "\n")
+        write_text_atomic(output.path / TOKENIZER, tokenizer_note(model))
+    folder = Path(args.output)
+    screen.table(
+        [_row(folder, tower, args.format, screen) for tower in towers],
+        ("tower", "file", "MB", "integer layers"),
+    )
+    if args.verify:
+        _verify(args, model, towers, folder, screen)
+
+
+def _export(model: ClipModel, tower: str, args: argparse.Namespace, folder: Path) -> None:
+    example = model.image_example(2) if tower == "image" else model.text_example(2)
+    graph: Any = getattr(model, tower)
+    api.export(
+        graph,
+        folder / f"{tower}{SUFFIXES[args.format]}",
+        example,
+        format=args.format,
+        pack=args.pack,
+        input_names=(tower,),
+        output_names=(f"{tower}_features",),
+    )
+
+
+def _row(folder: Path, tower: str, format: str, screen: Screen) -> list[str]:
+    """What was written, and how many layers the runtime computes from integers."""
+    name = f"{tower}{SUFFIXES[format]}"
+    size = sum(path.stat().st_size for path in folder.glob(f"{name}*"))
+    integer = "in floating point"
+    if format == "onnx":
+        try:
+            kernels = audit(folder / name)
+        except MissingExtraError as error:
+            screen.note(str(error))
+            return [tower, name, megabytes(size), "-"]
+        integer = f"{sum(k.integer for k in kernels)} of {len(kernels)}"
+    return [tower, name, megabytes(size), integer]
+
+
+def preprocess_document(model: ClipModel) -> dict[str, Any]:
+    """Everything an image goes through before `image`, and what embeddings are multiplied by."""
+    height, width = model.image_size
+    known = model.preprocess
+    return {
+        "qwt_fx": __version__,
+        "model": model.name,
+        "image": {
+            "input": "image",
+            "layout": "n, 3, height, width; float32; RGB",
+            "height": height,
+            "width": width,
+            "resize_mode": known["resize_mode"],
+            "interpolation": known["interpolation"],
+            "fill_color": known["fill_color"],
+            "scale": 1.0 / 255.0,
+            "mean": list(known["mean"]),
+            "std": list(known["std"]),
+            "steps": "resize (antialiased), crop the centre, times scale, minus mean, over std",
+        },
+        "text": {
+            "input": "text",
+            "layout": "n, length; int64; length <= context_length",
+            "context_length": model.context_length,
+        },
+        "outputs": {"image": "image_features", "text": "text_features", "normalized": False},
+        "logit_scale": model.logit_scale,
+    }
+
+
+def tokenizer_note(model: ClipModel) -> str:
+    """How texts become token ids."""
+    config = model.tokenizer_config
+    source = config["source"]
+    known = (
+        "CLIP's own byte-pair encoding (bpe_simple_vocab_16e6.txt.gz of OpenAI's CLIP): lower case,\n"
+        "start token 49406, end token 49407, padded with 0. From Python: open_clip.SimpleTokenizer,\n"
+        "or transformers.CLIPTokenizerFast of openai/clip-vit-base-patch32 (pad with 0)."
+        if source is None
+        else f"the tokenizer of {source} (transformers.AutoTokenizer), cleaned as open_clip's\n"
+        f"HFTokenizer does with {json.dumps(config['kwargs'])}."
+    )
+    return (
+        f"The text tower of {model.name} reads token ids (n, length) int64, at most "
+        f"{model.context_length} a text.\nThey are made by {known}\n"
+    )
+
+
+def _verify(
+    args: argparse.Namespace,
+    model: ClipModel,
+    towers: tuple[str, ...],
+    folder: Path,
+    screen: Screen,
+) -> None:
+    if args.train_data is None:
+        screen.note("--verify without --train-data: the inputs are seeded noise, not real pairs")
+        batches = noise_batches(model)
+    else:
+        batches = load_batches(args, model, screen, 0, None).batches
+    floating = None
+    if args.model is None:
+        screen.note("an artifact holds no FP32 model: give --model to compare with it")
+    else:
+        args.device = "cpu"
+        floating = load_model(args)
+    files = {tower: folder / f"{tower}{SUFFIXES[args.format]}" for tower in towers}
+    verify(model, floating, files, args.format, batches, screen, args.threads)
