@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def runner_of(path: Path, format: str, threads: int | None = None) -> Callable[[
     check_format(format)
     if format == "onnx":
         return onnx_runtime_session(path, threads=threads)
-    run: Callable[[Tensor], Tensor]
+    run: Any
     if format == "pt2":
         assert torch_ao.QUANTIZE_PER_TENSOR  # registers the operators that the file names
         run = torch.export.load(path).module()
@@ -83,6 +84,7 @@ def runner_of(path: Path, format: str, threads: int | None = None) -> Callable[[
 
     def without_gradients(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return run(x)
+            features: Tensor = run(x)
+            return features
 
     return without_gradients

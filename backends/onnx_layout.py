@@ -133,6 +133,7 @@ def _rewrite(layout: Layout, layer: IntegerLayer, storage: Storage) -> None:
     with gm.graph.inserting_before(node):
         codes: Node = layer.input.codes
         for moved in layer.input.moved_by:
+            assert callable(moved.target)  # an operator that only moves elements
             codes = call(moved.target, (codes, *moved.args[1:]), dict(moved.kwargs))
         grid: list[Any] | None = None
         if layer.weight.codes.dim() == 4:
