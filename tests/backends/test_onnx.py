@@ -44,11 +44,13 @@ def texts(n: int = 8, seed: int = 1) -> Tensor:
 
 
 def quantized(tower: str, **fields: Any) -> tuple[GraphModule, Tensor]:
-    config = small_config(vision_cfg={"layers": 1}, text_cfg={"layers": 2})
-    model = small_model(config)
+    sizes = small_config(vision_cfg={"layers": 1}, text_cfg={"layers": 2})
+    model = small_model(sizes)
     batch = images() if tower == "image" else texts()
     module: nn.Module = ImageTower(model) if tower == "image" else TextTower(model)
-    return qwt_fx.quantize(module, (batch,), [(batch,)], QuantConfig(**fields)), batch
+    # Judged on the samples it is fitted on: these are too few for a held-out share.
+    config = QuantConfig(hold_out=0.0, **fields)
+    return qwt_fx.quantize(module, (batch,), [(batch,)], config), batch
 
 
 def exported(q: GraphModule, batch: Tensor, folder: Path, tower: str, **options: Any) -> Path:
@@ -92,6 +94,7 @@ SETTINGS = {
 def test_onnx_runtime_gives_the_graphs_features_from_integers(name: str, tmp_path: Path) -> None:
     tower, fields = SETTINGS[name]
     q, batch = quantized(tower, **fields)
+    assert bool(qwt_fx.compensations(q)) == ("compensation" in fields)
     path = exported(q, batch, tmp_path, tower)
     if tower == "image":
         more = images(7, seed=2)
@@ -154,7 +157,7 @@ def test_compensation_in_half_precision_stays_so_in_the_file(tmp_path: Path) -> 
     assert [list(i.dims) for i in half] == [[32, 32]]
     (kernel,) = [k for k in audit(path) if k.name == f"{block}.compensation"]
     assert not kernel.integer
-    assert "not quantized" in str(kernel.reason) or "activations" in str(kernel.reason)
+    assert "activations" in str(kernel.reason)
 
 
 def test_four_bit_weights_are_small_and_the_audit_calls_them_float(tmp_path: Path) -> None:
