@@ -7,7 +7,7 @@ uncorrelated, so the whole model's error is about their sum, and 4 times less fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,18 @@ def measure_sensitivity(gm: GraphModule, batch: Any) -> list[Sensitivity]:
         if isinstance(module, FakeQuant):
             module.mode = Mode.OFF
     with torch.no_grad():
-        return _Measurement(gm, batch).run()
+        probe = OutputProbe(gm, batch)
+        return [_sensitivity(probe, group) for group in probe.groups()]
 
 
-class _Measurement:
+class OutputProbe:
+    """Walks a floating-point graph once; at each group of layers, runs the rest of it with changes.
+
+    Attributes:
+        gm: a graph whose quantizers are switched off.
+        exact: the floating-point outputs, tensors in order.
+    """
+
     def __init__(self, gm: GraphModule, batch: Any) -> None:
         self.gm = gm
         self.nodes = [n for n in gm.graph.nodes if n.op != "get_attr"]
@@ -73,47 +81,30 @@ class _Measurement:
         for index, node in enumerate(self.nodes):
             for read in node.all_input_nodes:
                 self.last_use[read] = index
-        self.groups = {g.quantizer or g.layers[0]: g for g in find_groups(gm) if g.layers}
+        self._groups = {g.quantizer or g.layers[0]: g for g in find_groups(gm) if g.layers}
+        self._at = 0
         self.exact = tensors_of(self._from(0, dict(self.env), {}))
 
-    def run(self) -> list[Sensitivity]:
-        """Walk the floating-point graph; at each group, run the rest with one operand quantized."""
-        found = []
-        for index, node in enumerate(self.nodes):
-            if node in self.groups:
-                found.append(self._group(index, self.groups[node]))
+    def groups(self) -> Iterator[LayerGroup]:
+        """Every group of layers in graph order; `value` and `outputs` are then about this one."""
+        for self._at, node in enumerate(self.nodes):
+            if node in self._groups:
+                yield self._groups[node]
             if node.op not in ("placeholder", "output"):
                 self.env[node] = execute(self.gm, node, self.env)
-                self._drop(self.env, index)
-        return found
+                self._drop(self.env, self._at)
 
-    def _group(self, index: int, group: LayerGroup) -> Sensitivity:
-        module = None if group.quantizer is None else fake_quant_of(self.gm, group.quantizer)
-        input_error = None
-        if module is not None and group.quantizer is not None:
-            quantized = module.fake_quantize(self.env[group.source])
-            input_error = self._error(index, {group.quantizer: quantized})
-        weights, count, bits = {}, 0, []
-        for layer in group.layers:
-            weight, _ = weight_and_bias(self.gm, layer)
-            count += weight.numel()
-            quantizer = weight_quantizer(self.gm, layer)
-            if quantizer is not None:
-                operand = layer.args[1]
-                assert isinstance(operand, Node)  # weight_quantizer found it
-                weights[operand] = quantizer.fake_quantize(weight)
-                bits.append(quantizer.spec.bits)
-        return Sensitivity(
-            layers=tuple(layer_name(n) for n in group.layers),
-            input_error=input_error,
-            weight_error=self._error(index, weights) if weights else None,
-            input_bits=None if module is None else module.spec.bits,
-            weight_bits=min(bits, default=None),
-            weights=count,
-        )
+    def value(self, node: Node) -> Tensor:
+        """The floating-point value that the present group reads."""
+        value: Tensor = self.env[node]
+        return value
 
-    def _error(self, index: int, changed: Mapping[Node, Tensor]) -> float:
-        outputs = tensors_of(self._from(index, dict(self.env), changed))
+    def outputs(self, changed: Mapping[Node, Tensor]) -> list[Tensor]:
+        """The model's outputs with these values in the place of the present group's operands."""
+        return tensors_of(self._from(self._at, dict(self.env), changed))
+
+    def error(self, outputs: Sequence[Tensor]) -> float:
+        """Squared error of outputs, relative to the energy of the exact ones."""
         noise = sum(
             float((a - b).square().sum(dtype=torch.float64))
             for a, b in zip(self.exact, outputs, strict=True)
@@ -137,3 +128,35 @@ class _Measurement:
         for read in self.nodes[index].all_input_nodes:
             if self.last_use[read] == index and read not in (keep or {}):
                 env.pop(read, None)
+
+
+def weight_operand(layer: Node) -> Node:
+    """The node of a layer's weight: its quantizer where it has one."""
+    operand = layer.args[1]
+    assert isinstance(operand, Node)  # find_groups checked that it is a parameter's
+    return operand
+
+
+def _sensitivity(probe: OutputProbe, group: LayerGroup) -> Sensitivity:
+    gm = probe.gm
+    module = None if group.quantizer is None else fake_quant_of(gm, group.quantizer)
+    input_error = None
+    if module is not None and group.quantizer is not None:
+        quantized = module.fake_quantize(probe.value(group.source))
+        input_error = probe.error(probe.outputs({group.quantizer: quantized}))
+    weights, count, bits = {}, 0, []
+    for layer in group.layers:
+        weight, _ = weight_and_bias(gm, layer)
+        count += weight.numel()
+        quantizer = weight_quantizer(gm, layer)
+        if quantizer is not None:
+            weights[weight_operand(layer)] = quantizer.fake_quantize(weight)
+            bits.append(quantizer.spec.bits)
+    return Sensitivity(
+        layers=tuple(layer_name(n) for n in group.layers),
+        input_error=input_error,
+        weight_error=probe.error(probe.outputs(weights)) if weights else None,
+        input_bits=None if module is None else module.spec.bits,
+        weight_bits=min(bits, default=None),
+        weights=count,
+    )
