@@ -66,11 +66,11 @@ def measure_sensitivity(gm: GraphModule, batch: Any) -> list[Sensitivity]:
 
 
 class OutputProbe:
-    """Walks a floating-point graph once; at each group of layers, runs the rest of it with changes.
+    """Walks a graph once; at each node asked for, runs the rest of it with some values changed.
 
     Attributes:
-        gm: a graph whose quantizers are switched off.
-        exact: the floating-point outputs, tensors in order.
+        gm: a graph; its quantizers do what they are switched to.
+        exact: the outputs without a change, tensors in order.
     """
 
     def __init__(self, gm: GraphModule, batch: Any) -> None:
@@ -81,26 +81,31 @@ class OutputProbe:
         for index, node in enumerate(self.nodes):
             for read in node.all_input_nodes:
                 self.last_use[read] = index
-        self._groups = {g.quantizer or g.layers[0]: g for g in find_groups(gm) if g.layers}
         self._at = 0
         self.exact = tensors_of(self._from(0, dict(self.env), {}))
 
-    def groups(self) -> Iterator[LayerGroup]:
-        """Every group of layers in graph order; `value` and `outputs` are then about this one."""
+    def walk(self) -> Iterator[Node]:
+        """Every node before it runs; `value` and `outputs` are then about this point."""
         for self._at, node in enumerate(self.nodes):
-            if node in self._groups:
-                yield self._groups[node]
+            yield node
             if node.op not in ("placeholder", "output"):
                 self.env[node] = execute(self.gm, node, self.env)
                 self._drop(self.env, self._at)
 
+    def groups(self) -> Iterator[LayerGroup]:
+        """Every group of layers in graph order, before its value is quantized."""
+        groups = {g.quantizer or g.layers[0]: g for g in find_groups(self.gm) if g.layers}
+        for node in self.walk():
+            if node in groups:
+                yield groups[node]
+
     def value(self, node: Node) -> Tensor:
-        """The floating-point value that the present group reads."""
+        """A value known at this point."""
         value: Tensor = self.env[node]
         return value
 
     def outputs(self, changed: Mapping[Node, Tensor]) -> list[Tensor]:
-        """The model's outputs with these values in the place of the present group's operands."""
+        """The model's outputs when these nodes, not run yet, have these values."""
         return tensors_of(self._from(self._at, dict(self.env), changed))
 
     def error(self, outputs: Sequence[Tensor]) -> float:
