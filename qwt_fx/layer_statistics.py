@@ -33,6 +33,7 @@ class Histogram:
         counts: a bin each.
         step: distance between levels; `None` where there is no quantizer.
         first, last: the lowest and the highest level.
+        levels: how many there are; of weights, in each row.
     """
 
     low: float
@@ -41,6 +42,7 @@ class Histogram:
     step: float | None
     first: float | None
     last: float | None
+    levels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def histogram(x: Tensor, quantizer: Quantizer | None) -> Histogram:
         return Histogram(low, high, tuple(counts), None, None, None)
     step, zero = float(quantizer.scale), float(quantizer.zero_point)
     last = (2**quantizer.bits - 1 - zero) * step
-    return Histogram(low, high, tuple(counts), step, -zero * step, last)
+    return Histogram(low, high, tuple(counts), step, -zero * step, last, 2**quantizer.bits)
 
 
 def weight_histograms(gm: GraphModule) -> dict[str, Histogram]:
@@ -165,9 +167,9 @@ def weight_histograms(gm: GraphModule) -> dict[str, Histogram]:
         codes = torch.round(value / step).long().flatten()
         first = -int(quantizer.zero_point.max())
         last = 2**quantizer.bits - 1 - int(quantizer.zero_point.min())
-        counts = torch.bincount((codes - first).clamp_min(0), minlength=last - first + 1).tolist()
+        counts = torch.bincount(codes - first, minlength=last - first + 1).tolist()
         found[layer_name(layer)] = Histogram(
-            first - 0.5, last + 0.5, tuple(counts[: last - first + 1]), 1.0, float(first), float(last)
+            first - 0.5, last + 0.5, tuple(counts), 1.0, first, last, 2**quantizer.bits
         )
     return found
 

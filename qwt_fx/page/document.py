@@ -38,7 +38,10 @@ def render(page: PageData) -> str:
         )
     found.append(("size", "Size and latency", sections.size_and_latency(page)))
     found.append(("reproduce", "Configuration and command", sections.reproduce(page)))
-    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in found)
+    links = "".join(
+        f'<a href="#{key}">{escape(title.partition(" before")[0].replace(" tower", ""))}</a>'
+        for key, title, _ in found
+    )
     body = "".join(
         f'<section id="{key}"><h2>{escape(title)}</h2>{content}</section>'
         for key, title, content in found

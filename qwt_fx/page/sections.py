@@ -19,7 +19,7 @@ MOST_LEVELS = 32  # more would be a grey area
 def missing(what: str, needs: str) -> str:
     """A box in the place of a chart."""
     return (
-        f'<div class="card missing"><h3>{escape(what)}</h3>'
+        f'<div class="card missing"><h3>{breakable(what)}</h3>'
         f"<p>Not measured: give {escape(needs)}.</p></div>"
     )
 
@@ -31,7 +31,12 @@ def card(title: str, content: str, legend: Mapping[str, str] | None = None, note
     )
     below = f'<p class="soft">{escape(note)}</p>' if note else ""
     key = f'<div class="legend">{keys}</div>' if keys else ""
-    return f'<div class="card"><h3>{escape(title)}</h3>{key}{content}{below}</div>'
+    return f'<div class="card"><h3>{breakable(title)}</h3>{key}{content}{below}</div>'
+
+
+def breakable(name: str) -> str:
+    """Escaped text whose long names may break behind a dot."""
+    return escape(name).replace(".", ".<wbr>")
 
 
 def grid(cards: Sequence[str]) -> str:
@@ -163,12 +168,15 @@ def _values_card(name: str, one: Histogram) -> str:
     if one.step is None or one.first is None or one.last is None:
         chart = svg.histogram(title, (one.low, one.high), one.counts, (), None, "value")
         return card(title, chart, {"s0": "values, not quantized"})
-    count = round((one.last - one.first) / one.step) + 1
+    count = one.levels or 0
     levels = [one.first + i * one.step for i in range(count)] if count <= MOST_LEVELS else []
     limits = (one.first - one.step / 2, one.last + one.step / 2)
     chart = svg.histogram(title, (one.low, one.high), one.counts, levels, limits, "value")
     legend = {"s0": "values", "clip": "clipped"} | ({"level": "levels"} if levels else {})
-    note = f"{count} levels, {svg.number(one.step)} apart, {svg.number(one.first)} to {svg.number(one.last)}"
+    note = (
+        f"{count} levels, {svg.number(one.step)} apart, {svg.number(one.first)} to "
+        f"{svg.number(one.last)}"
+    )
     return card(title, chart, legend, note)
 
 
@@ -178,7 +186,7 @@ def _weights_card(name: str, one: Histogram) -> str:
     chart = svg.histogram(
         title, (one.low, one.high), one.counts, (), None, "level (weight / scale of its row)"
     )
-    note = f"{last - first + 1} levels, {first} to {last}; one bar a level"
+    note = f"{one.levels} levels a row, rows together {first} to {last}; one bar a level"
     return card(title, chart, {"s0": "weights"}, note)
 
 
