@@ -90,7 +90,7 @@ def measure_bits(
     have = {loss.key: loss for loss in known}
     with torch.no_grad():
         probe = OutputProbe(gm, batch)
-        lowest = min(min(bits) for bits in widths.values())
+        lowest = min(min(bits) for bits in widths.values() if bits)
         for group in probe.groups():
             names = tuple(layer_name(n) for n in group.layers)
             if any(fixed(name) for name in names):

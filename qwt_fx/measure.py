@@ -52,9 +52,7 @@ def measure_layers(gm: GraphModule, batch: Any) -> None:
         for layer in readers.get(node, ()):  # the quantizer is about to read the input
             held[layer] = env[operands[layer][0]]
             module = fake_quant_of(gm, node)
-            clipped[layer] = clipped_share(
-                held[layer], quantizer_at(gm, node), module.token_scale
-            )
+            clipped[layer] = clipped_share(held[layer], quantizer_at(gm, node), module.token_scale)
         if node not in operands:
             return
         source, weight = operands[node]

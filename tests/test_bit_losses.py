@@ -40,7 +40,9 @@ def test_a_weight_loss_is_the_output_error_with_that_weight_alone_rounded(tower:
         for bits in WIDTHS[WEIGHT]:
             saved = weight.clone()
             scale, zero = search(weight, QuantSpec(bits, ch_axis=0))
-            weight.copy_(fake_quantize_affine(weight, scale[:, None], zero[:, None], 0, 2**bits - 1))
+            weight.copy_(
+                fake_quantize_affine(weight, scale[:, None], zero[:, None], 0, 2**bits - 1)
+            )
             error = float((model(X) - exact).square().sum() / exact.square().sum())
             weight.copy_(saved)
             loss = found[("blocks.0.fc2",), WEIGHT, bits]

@@ -20,8 +20,8 @@ from qwt_fx.cli import main
 from qwt_fx.commands.reproduce import command_line
 from qwt_fx.graph import graph_info, layer_name, weight_layers
 from qwt_fx.inspection import inspect_rows, own_errors, scale_changes
-from qwt_fx.layer_statistics import contributions, layer_statistics, weight_histograms
 from qwt_fx.layer_groups import weight_quantizer
+from qwt_fx.layer_statistics import contributions, layer_statistics, weight_histograms
 from qwt_fx.measure import clipped_share, sqnr_db
 from qwt_fx.quantizers import Quantizer, qparams, quantizer_at
 from qwt_fx.runner import run_all
@@ -37,7 +37,7 @@ def calibrated() -> GraphModule:
     return api.calibrate(api.prepare(qwt_fx.capture(tower, (X,)), CONFIG), [(X,)])
 
 
-def _layer(gm: GraphModule, name: str):  # noqa: ANN202
+def _layer(gm: GraphModule, name: str):
     return next(n for n in weight_layers(gm) if layer_name(n) == name)
 
 
@@ -138,7 +138,7 @@ def test_the_last_layers_contribution_is_its_share_of_the_output(calibrated: Gra
         output = gm(X)
     values = {}
 
-    def visit(node, env) -> None:  # noqa: ANN001
+    def visit(node, env) -> None:
         if _layer(gm, BAD) in env:
             values["y"] = env[_layer(gm, BAD)]
 

@@ -181,8 +181,12 @@ def test_in_chromium_nothing_overflows_and_the_console_is_silent(
         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},{height}",
         "--enable-logging=stderr",
     ]  # fmt: skip
-    seen = subprocess.run([*common, "--dump-dom", str(copy)], capture_output=True, text=True, check=True)
-    scroll, inner, charts, bad = map(int, re.findall(r'data-size="([\d ]+)"', seen.stdout)[0].split())
+    seen = subprocess.run(
+        [*common, "--dump-dom", str(copy)], capture_output=True, text=True, check=True
+    )
+    scroll, inner, charts, bad = map(
+        int, re.findall(r'data-size="([\d ]+)"', seen.stdout)[0].split()
+    )
     assert (inner, charts, bad) == (width, 22, 0)
     assert scroll <= inner
     shot = tmp_path / "shot.png"

@@ -86,7 +86,7 @@ def test_an_interrupted_search_goes_on_and_ends_as_one_that_was_not(
     measured = bit_search.measure_bits
     count = 0
 
-    def stopping(*args: object, **options: object):  # noqa: ANN202
+    def stopping(*args: object, **options: object):
         nonlocal count
         for loss in measured(*args, **options):
             count += 1
@@ -105,7 +105,9 @@ def test_an_interrupted_search_goes_on_and_ends_as_one_that_was_not(
     again = _run(words, output, "--max-size", "5 bits", "--resume")
     assert again["losses"] == whole["losses"]
     assert again["config"] == whole["config"]
-    (tmp_path / "cut.toml.partial").write_text(json.dumps({"digest": "x", "losses": [], "trials": []}))
+    (tmp_path / "cut.toml.partial").write_text(
+        json.dumps({"digest": "x", "losses": [], "trials": []})
+    )
     assert main([*command, "--output", str(output), "--resume"]) == 2
 
 
@@ -116,7 +118,9 @@ def test_overrides_of_the_user_stay_and_their_layers_are_not_searched(
     glob = "visual.*.c_proj=skip"
     found = _run(words, tmp_path / "m.toml", "--max-size", "4 bits", "--override", glob)
     assert found["config"]["overrides"]["visual.*.c_proj"] == "skip"
-    assert not any("visual" in n and n.endswith("c_proj") for row in found["losses"] for n in row["layers"])
+    assert not any(
+        "visual" in n and n.endswith("c_proj") for row in found["losses"] for n in row["layers"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -132,17 +132,16 @@ class BitSearch:
             "text": nearest.of_texts,
         }
         known, self.state.losses = self.state.losses, []
-        widths = {operand: found for operand, found in self.widths.items() if found}
         for tower in self.towers:
             prepared = api.prepare(
                 self.graphs[tower], config_of_tower(self.base, self.graphs, tower)
             )
-            total = len(list(weight_layers(prepared))) * sum(len(w) for w in widths.values())
+            total = len(list(weight_layers(prepared))) * sum(len(w) for w in self.widths.values())
             with self.screen.phase(f"{tower} tower: measure layers") as update:
                 found = measure_bits(
                     prepared,
                     (self.statistics[TOWERS.index(tower)],),
-                    {WEIGHT: [], INPUT: []} | widths,
+                    self.widths,
                     fixed=self.config.overridden,
                     judge=judges[tower],
                     known=known,
@@ -238,7 +237,9 @@ class BitSearch:
         return torch.cat(chunks[0]), torch.cat(chunks[1])
 
 
-def candidates(config: QuantConfig, weights: Sequence[int], inputs: Sequence[int]) -> dict[str, Any]:
+def candidates(
+    config: QuantConfig, weights: Sequence[int], inputs: Sequence[int]
+) -> dict[str, list[int]]:
     """Widths to try by operand; a side that the configuration leaves in floating point has none."""
     return {
         WEIGHT: [] if config.w_bits in FLOAT_BITS else sorted(set(weights)),

@@ -84,7 +84,9 @@ def _rows(subject: Subject, tower: TowerData, graph_order: bool) -> list[dict[st
 
 def _tell(screen: Screen, path: str, page: PageData) -> None:
     lacking = sorted(set(page.needs.values())) if page.needs else []
-    screen.note(f"wrote {path}" + (f"; for what it lacks give {'; '.join(lacking)}" * bool(lacking)))
+    screen.note(
+        f"wrote {path}" + (f"; for what it lacks give {'; '.join(lacking)}" * bool(lacking))
+    )
 
 
 def _show(screen: Screen, tower: TowerData, rows: list[dict[str, Any]]) -> None:
@@ -103,7 +105,9 @@ def _show(screen: Screen, tower: TowerData, rows: list[dict[str, Any]]) -> None:
         for row in tower.blocks
     ]
     titles = [f"\nSQNR (dB)\n{stage}" for stage in stages]
-    screen.table(blocks, (f"\n{tower.name} block", *titles, "\nR2", "\nheld-out R2", "\nparameters"))
+    screen.table(
+        blocks, (f"\n{tower.name} block", *titles, "\nR2", "\nheld-out R2", "\nparameters")
+    )
     if tower.skips:
         skips = [[row["pass"], row["node"], row["reason"]] for row in tower.skips]
         screen.table(skips, ("\npass", f"\nskipped in the {tower.name} tower", "\nreason"))

@@ -355,12 +355,10 @@ def _config_text(
         "Behind each layer: what it alone costs the output (relative squared error), at the bits "
         "chosen.",
     ]
-    notes = {}
+    notes: dict[str, str] = {}
     for layers in dict.fromkeys(loss.layers for loss in losses):
         chosen = [r for r in losses if r.layers == layers and choice[layers, r.operand] == r.bits]
         text = ", ".join(f"{r.operand} {r.error:.1e}" for r in chosen)
-        notes |= {layer: text for layer in layers}
+        notes |= dict.fromkeys(layers, text)
     towers = "both" if len(search.towers) == 2 else search.towers[0]
     return config_text(search.config_for(choice), towers, head=head, notes=notes)
-
-
