@@ -86,11 +86,12 @@ class OutputProbe:
 
     def walk(self) -> Iterator[Node]:
         """Every node before it runs; `value` and `outputs` are then about this point."""
-        for self._at, node in enumerate(self.nodes):
+        for index, node in enumerate(self.nodes):
+            self._at = index
             yield node
             if node.op not in ("placeholder", "output"):
                 self.env[node] = execute(self.gm, node, self.env)
-                self._drop(self.env, self._at)
+                self._drop(self.env, index)
 
     def groups(self) -> Iterator[LayerGroup]:
         """Every group of layers in graph order, before its value is quantized."""

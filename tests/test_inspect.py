@@ -206,3 +206,8 @@ def test_the_page_of_an_artifact_with_data_has_every_chart(tmp_path: Path) -> No
         assert stage in text
     assert main(["inspect", "--artifact", str(output), "--html", str(page)]) == 0
     assert "Not measured: give --model and --train-data" in page.read_text()
+    model = ["inspect", *words, "--recipe", "repq-vit", "--no-stages", "--html", str(page)]
+    assert main(model) == 0  # quantized here, by the same flags
+    text = page.read_text()
+    assert text.count("Not measured") == 2  # the stages of both towers
+    assert "quantized" in text

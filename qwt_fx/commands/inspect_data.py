@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +20,16 @@ from qwt_fx.block_quality import block_sqnr
 from qwt_fx.clip import ClipModel
 from qwt_fx.commands.arguments import quant_config, towers_of
 from qwt_fx.commands.inputs import load_batches, load_model
+from qwt_fx.commands.inspect_measure import kernels_of, latency_of, moved_ranges
 from qwt_fx.commands.pipeline import TOWERS, capture_towers, config_of_tower, quantize_towers
-from qwt_fx.commands.quantize import fp32_bytes
+from qwt_fx.commands.quantize import save_clip
 from qwt_fx.commands.reproduce import command_line
 from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config import QuantConfig
-from qwt_fx.errors import ConfigError, QwtError
-from qwt_fx.floating import floating_graph
-from qwt_fx.graph import compute_nodes, graph_info, layer_name, through_shape_ops, weight_layers
+from qwt_fx.errors import ConfigError
+from qwt_fx.graph import compute_nodes, graph_info, layer_name
 from qwt_fx.inspection import inspect_rows, own_errors
-from qwt_fx.kernel_audit import LayerKernel
 from qwt_fx.layer_statistics import (
     LayerStatistics,
     contributions,
@@ -37,14 +37,11 @@ from qwt_fx.layer_statistics import (
     weight_histograms,
 )
 from qwt_fx.machine import processor
-from qwt_fx.norms import NORMS
 from qwt_fx.output import REPORT
-from qwt_fx.page.data import STAGES, ChannelRanges, PageData, TowerData
+from qwt_fx.page.data import STAGES, PageData, TowerData
 from qwt_fx.report import block_rows, skip_rows
-from qwt_fx.timing import interleaved
 
 SAMPLES = 16  # of the first batch: statistics of values and contributions of layers
-ROUNDS = 9
 
 
 @dataclass
@@ -92,9 +89,11 @@ def open_subject(args: argparse.Namespace, screen: Screen) -> Subject:
     batches = load_batches(args, model, screen, 0, None).batches
     result = quantize_towers(model, graphs, batches, config, towers, screen)
     settings = run_identity(args)["settings"]
-    return Subject(
-        result.towers, towers, graphs, model, batches, config, None, settings, _sizes(model, towers)
-    )
+    size = {}
+    if args.html is not None and config.compat != "original":
+        with tempfile.TemporaryDirectory() as folder:
+            size = _size(save_clip(Path(folder), model, result, config, screen))
+    return Subject(result.towers, towers, graphs, model, batches, config, None, settings, size)
 
 
 def _of_artifact(args: argparse.Namespace, screen: Screen) -> Subject:
@@ -116,10 +115,7 @@ def _of_artifact(args: argparse.Namespace, screen: Screen) -> Subject:
     default = list(artifact.towers)
     quantized = tuple(artifact.extra.get("quantized_towers", default))
     report = _report(folder)
-    size = {}
-    if (known := (report or {}).get("size")) and known.get("quantized_bytes") is not None:
-        size = {"FP32": float(known["fp32_bytes"])} if known.get("fp32_bytes") else {}
-        size["quantized"] = float(known["quantized_bytes"])
+    size = _size((report or {}).get("size") or {})
     settings = ((report or {}).get("run") or {}).get("settings")
     config = QuantConfig.from_dict(artifact.config)
     return Subject(
@@ -136,8 +132,12 @@ def _report(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _sizes(model: ClipModel, towers: Sequence[str]) -> dict[str, float]:
-    return {"FP32": float(sum(fp32_bytes(model, tower) for tower in towers))}
+def _size(known: dict[str, Any]) -> dict[str, float]:
+    """Bytes of the quantized towers, of report.json's `size`; empty where they are not known."""
+    if known.get("quantized_bytes") is None:
+        return {}
+    size = {"FP32": float(known["fp32_bytes"])} if known.get("fp32_bytes") else {}
+    return size | {"quantized": float(known["quantized_bytes"])}
 
 
 def gather(args: argparse.Namespace, subject: Subject, screen: Screen) -> PageData:
@@ -199,7 +199,7 @@ def _tower(
         with screen.phase(f"{name} tower: measure layers"):
             statistics = layer_statistics(gm, batch)
             contributed = contributions(gm, batch, own_errors(gm, statistics))
-    kernels = _kernels(gm, screen, name) if quantized else None
+    kernels = kernels_of(gm, screen, name) if quantized else None
     tower = TowerData(
         name,
         inspect_rows(gm, name, kernels=kernels, statistics=statistics, contributed=contributed),
@@ -214,44 +214,12 @@ def _tower(
     if statistics is not None and subject.floating:
         batch = (subject.inputs(name, 0)[0][:SAMPLES],)
         before = layer_statistics(subject.floating[name], batch)
-        tower.ranges = _ranges(subject.floating[name], before, statistics)
+        tower.ranges = moved_ranges(subject.floating[name], before, statistics)
         if not args.no_stages:
             tower.stages = _stages(subject, name, gm, screen)
     if subject.model is not None:
-        tower.latency = _latency(subject.model, name, gm, subject.floating.get(name), screen)
+        tower.latency = latency_of(subject.model, name, gm, subject.floating.get(name), screen)
     return tower
-
-
-def _kernels(gm: GraphModule, screen: Screen, name: str) -> list[LayerKernel] | None:
-    """What computes each layer on this CPU; `None`, said aloud, where it cannot be lowered."""
-    try:
-        return api.kernel_audit(api.lower(gm, "x86"))
-    except QwtError as error:
-        screen.note(f"{name} tower: kernels are not known: {error}")
-        return None
-
-
-def _ranges(
-    floating: GraphModule,
-    before: dict[str, LayerStatistics],
-    after: dict[str, LayerStatistics],
-) -> list[ChannelRanges]:
-    """Of the layers behind norms, one a norm, whose input's channels were moved."""
-    found, seen = [], set()
-    for layer in weight_layers(floating):
-        source = layer.args[0]
-        assert isinstance(source, torch.fx.Node)
-        norm = through_shape_ops(source)
-        name = layer_name(layer)
-        if norm.target not in NORMS or norm in seen or name not in after:
-            continue
-        seen.add(norm)
-        a, b = before[name], after[name]
-        if len(a.channel_low) == len(b.channel_low) and a.channel_high != b.channel_high:
-            found.append(
-                ChannelRanges(name, a.channel_low, a.channel_high, b.channel_low, b.channel_high)
-            )
-    return found
 
 
 def _stages(
@@ -276,26 +244,3 @@ def _stages(
                 graph = api.convert(api.calibrate(api.prepare(floating, own), inputs))
         found[stage] = block_sqnr(floating, graph, inputs[:1])
     return found
-
-
-def _latency(
-    model: ClipModel,
-    name: str,
-    gm: GraphModule,
-    floating: GraphModule | None,
-    screen: Screen,
-) -> dict[str, float]:
-    """Median seconds of one sample, uncompiled, by runtime."""
-    example = model.image_example() if name == "image" else model.text_example()
-    graphs = {
-        "FP32": floating_graph(gm) if floating is None else floating,
-        "eager": api.lower(gm, "eager"),
-    }
-    try:
-        graphs["x86"] = api.lower(gm, "x86")
-    except QwtError as error:
-        screen.note(f"{name} tower: no latency of x86: {error}")
-    with torch.no_grad(), screen.phase(f"{name} tower: latency"):
-        calls = {key: (lambda graph=graph: graph(example)) for key, graph in graphs.items()}
-        found = interleaved(calls, ROUNDS, 2)
-    return {key: latency.median for key, latency in found.items()}

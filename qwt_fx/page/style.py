@@ -25,16 +25,19 @@ p { margin: 4px 0 10px; }
 .soft { color: var(--soft); font-size: .9rem; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 10px 0 16px; font-size: .92rem; }
 a { color: var(--s0); }
-.grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
+.grid { display: grid; gap: 14px; }
+.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
 .facts { display: grid; gap: 10px; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); }
-.card, .fact { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; min-width: 0; }
+.card, .fact, .scroll { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
+.card, .fact { min-width: 0; }
 .card { padding: 12px 14px; }
 .fact { padding: 8px 12px; }
 .fact b { display: block; font-size: 1.2rem; overflow-wrap: anywhere; }
 .missing { border-style: dashed; color: var(--soft); }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+th, td { padding: 5px 10px; text-align: right; white-space: nowrap; }
+th, td { border-bottom: 1px solid var(--rule); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 tr:last-child td { border-bottom: 0; }
@@ -56,5 +59,7 @@ svg .s0 { fill: var(--s0); } svg .s1 { fill: var(--s1); } svg .s2 { fill: var(--
 svg .clip { fill: var(--bad); }
 svg .level { stroke: var(--level); stroke-width: 1; }
 svg .line { fill: none; stroke-width: 2; }
-svg .line.s0 { stroke: var(--s0); } svg .line.s1 { stroke: var(--s1); } svg .line.s2 { stroke: var(--s2); }
+svg .line.s0 { stroke: var(--s0); }
+svg .line.s1 { stroke: var(--s1); }
+svg .line.s2 { stroke: var(--s2); }
 """
