@@ -26,7 +26,6 @@ class RemoveObservers(Pass):
         """See the class."""
         for node in [n for n in gm.graph.nodes if is_fake_quant(gm, n)]:
             name = fake_quant_of(gm, node).name
-            source = node.args[0]
-            node.replace_all_uses_with(source)  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
             yield Change(name, "removed")

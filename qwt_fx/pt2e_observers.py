@@ -31,6 +31,9 @@ class RangeObserver(_Base):  # type: ignore[misc]
         histogram: counts of every batch, `None` where the extremes are the range.
     """
 
+    low: Tensor
+    high: Tensor
+
     def __init__(
         self, *, spec: QuantSpec, layer: str, histogram: bool = False, **kwargs: Any
     ) -> None:
