@@ -30,7 +30,8 @@ class Drawing:
     def __init__(self, width: int, height: int, title: str) -> None:
         self.size = (width, height)
         self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}" '
             f'role="img" font-family="sans-serif" font-size="13">',
             f"<title>{title}</title>",
             f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
@@ -112,7 +113,7 @@ def pipeline() -> Drawing:
             d.arrow((x + 112, 60), (x + 146, 60))
     d.arrow((20 + 148 * 2 + 56, 14), (20 + 148 * 2 + 56, 38), ORANGE)
     d.text(20 + 148 * 2 + 68, 22, "calibration batches", color=ORANGE, anchor="start")
-    d.text(20 + 148 * 3 + 56, 132, "save, evaluate, export", color=INK)
+    d.text(20 + 148 * 3 + 56, 122, "save, evaluate, export", color=GREY)
     return d
 
 

@@ -34,6 +34,7 @@ from qwt_fx.graph import (
     through_shape_ops,
     weight_layers,
 )
+from qwt_fx.norms import is_fake_quant
 from qwt_fx.pass_base import Skip, clean_up
 from qwt_fx.pt2e_observers import PerChannelRangeObserver, RangeObserver
 from qwt_fx.qparams import QuantSpec
@@ -83,7 +84,7 @@ class QwTQuantizer(_quantizer.Quantizer):  # type: ignore[misc]
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Decompose attention where it is to be quantized."""
-        _require_names(model)
+        _require_float(model)
         self._specs.clear()
         if self.config.attention == "uniform":
             fused = list(model.graph.find_nodes(op="call_function", target=SDPA))
@@ -97,7 +98,7 @@ class QwTQuantizer(_quantizer.Quantizer):  # type: ignore[misc]
 
         Raises `ConfigError` for an override that matches no layer.
         """
-        _require_names(model)
+        _require_float(model)
         layers = list(weight_layers(model))
         names = [layer_name(node) for node in layers]
         if unmatched := self.config.unmatched_overrides(names):
@@ -183,9 +184,14 @@ def _check(config: QuantConfig, ranges: object) -> None:
         )
 
 
-def _require_names(model: GraphModule) -> None:
-    """Overrides need the layers' names, and attention its records. Raises `PreconditionError`."""
+def _require_float(model: GraphModule) -> None:
+    """Overrides need the layers' names, and our quantizers must be gone. Raises `PreconditionError`."""
     graph_info(model)
+    if ours := [node.name for node in model.graph.nodes if is_fake_quant(model, node)]:
+        raise PreconditionError(
+            f"the graph has observers of qwt-fx ({ours[0]}, ...), and torchao inserts its own: run "
+            "RemoveObservers()(gm) first, or start from qwt_fx.reparameterize"
+        )
 
 
 def _spec(spec: QuantSpec, scheme: torch.qscheme, constructor: Any) -> Any:

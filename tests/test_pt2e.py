@@ -179,6 +179,8 @@ def test_what_pt2e_cannot_say_is_refused(floating: GraphModule) -> None:
     with pytest.raises(PreconditionError, match="no layer is quantized: blocks"):
         quantized(floating, QwTQuantizer(CONFIG.replace(overrides={"*": "skip"})))
     x = BATCHES[0]
+    with pytest.raises(PreconditionError, match=r"observers of qwt-fx \(.*RemoveObservers"):
+        prepare_pt2e(qwt_fx.prepare(floating, CONFIG), QwTQuantizer(CONFIG))
     with pytest.raises(PreconditionError, match=r"qwt_fx.capture\(model, example_inputs\) first"):
         prepare_pt2e(torch.export.export(nn.Linear(16, 4), (x,)).module(), QwTQuantizer(CONFIG))
 
