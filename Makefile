@@ -15,7 +15,7 @@ FULL_LOG := benchmarks/results/test-full.log
 FAULTS := $(addprefix tests/test_,$(addsuffix .py,artifact graph_json checkpoints output shards \
   tar_shard stream_shard shard_index decoding captions data classes))
 
-.PHONY: demo test faults check lint types layering test-full test-min bench environment clean
+.PHONY: demo docs test faults check lint types layering test-full test-min bench environment clean
 .NOTPARALLEL:
 
 demo: environment
@@ -67,6 +67,19 @@ test-min:
 bench: environment
 	@for script in $(filter-out benchmarks/common.py benchmarks/rivals.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(RUN) $(VENV)/bin/python "$$script" || exit 1; done
+
+# Into build/docs, links checked, no network: only the extra is installed, once.
+docs: environment
+	@$(RUN) $(VENV)/bin/python -c "import furo, myst_parser, sphinx" 2> /dev/null || \
+	  $(RUN) $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+	  --no-build-isolation --editable '.[docs]'
+	@echo "== links"
+	@$(RUN) $(VENV)/bin/python docs/check_links.py
+	@echo "== pages"
+	@$(RUN) $(VENV)/bin/python -m sphinx -q -W --keep-going -E -b html -d build/doctrees docs build/docs
+	@echo "== links of the built pages"
+	@$(RUN) $(VENV)/bin/python docs/check_links.py build/docs
+	@echo "build/docs/index.html"
 
 environment:
 	@PYTHON="$(PYTHON)" bash scripts/environment.sh $(VENV) constraints.txt

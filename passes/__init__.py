@@ -14,6 +14,7 @@ from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
 from qwt_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from qwt_fx.passes.raise_sensitive_layers import RaiseSensitiveLayers
+from qwt_fx.passes.remove_observers import RemoveObservers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "PassResult",
     "QuantizeEmbeddings",
     "RaiseSensitiveLayers",
+    "RemoveObservers",
     "ReparameterizeLayerNorm",
     "Skip",
 ]

@@ -19,6 +19,7 @@ from qwt_fx.api import (
     prepare,
     qparams,
     quantize,
+    reparameterize,
     report,
     save,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "prepare",
     "qparams",
     "quantize",
+    "reparameterize",
     "report",
     "save",
 ]

@@ -15,21 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from qwt_fx.artifact import load_graph, save_graph
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.exports import export_graph
-from qwt_fx.capture import capture
+from qwt_fx.capture import adopt, capture
 from qwt_fx.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.fake_quant import Mode
-from qwt_fx.graph import graph_info, set_graph_info
+from qwt_fx.graph import graph_info, has_graph_info, set_graph_info
 from qwt_fx.kernel_audit import LayerKernel
 from qwt_fx.measure import measure_layers
 from qwt_fx.norms import fake_quant_of
 from qwt_fx.observe import check_parameters, config_of, fake_quant_nodes, observe, set_mode
-from qwt_fx.pass_base import Pass, PassManager, clean_up
+from qwt_fx.pass_base import Pass, PassManager
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
 from qwt_fx.passes.choose_softmax_quantizer import ChooseSoftmaxQuantizer
 from qwt_fx.passes.convert_to_integers import ConvertToIntegers
@@ -41,6 +42,7 @@ from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
 from qwt_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from qwt_fx.passes.raise_sensitive_layers import RaiseSensitiveLayers
+from qwt_fx.passes.remove_observers import RemoveObservers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
 from qwt_fx.recipes import recipe_for
@@ -49,7 +51,7 @@ from qwt_fx.runner import check_batches
 
 __all__ = [
     "calibrate", "capture", "compensations", "convert", "export", "kernel_audit", "load", "lower",
-    "observe", "prepare", "qparams", "quantize", "report", "save", "simulate",
+    "observe", "prepare", "qparams", "quantize", "reparameterize", "report", "save", "simulate",
 ]  # fmt: skip
 
 Seconds = dict[str, float]
@@ -67,9 +69,11 @@ def _timed(seconds: Seconds | None, phase: str) -> Iterator[None]:
 def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
     """A copy of a captured graph with observers inserted and switched off: it computes FP32.
 
+    A graph made by `torch.export` (the program's `module()`) is taken as well, if its batch is dynamic.
+
     Raises `ConfigError` for an override that matches no layer.
     """
-    prepared = copy.deepcopy(gm)
+    prepared = copy.deepcopy(gm) if has_graph_info(gm) else adopt(gm)
     steps: list[Pass] = []
     if config.attention != "none" or config.compat == "original":
         # The published code computes attention in separate operators; the fused one rounds
@@ -85,12 +89,26 @@ def _floating_twin(prepared: GraphModule) -> GraphModule:
     """The prepared graph without its quantizers, sharing every tensor with it."""
     twin = GraphModule(prepared, copy.deepcopy(prepared.graph))
     set_graph_info(twin, copy.deepcopy(graph_info(prepared)))
-    for node in fake_quant_nodes(twin):
-        source = node.args[0]
-        node.replace_all_uses_with(source)  # type: ignore[arg-type]
-        twin.graph.erase_node(node)
-    clean_up(twin)
+    RemoveObservers()(twin)
     return twin
+
+
+def reparameterize(gm: GraphModule, batches: Any, config: QuantConfig | None = None) -> GraphModule:
+    """A copy of a captured graph that computes the same in float and is easier to quantize.
+
+    RepQ-ViT's scale reparameterization of every norm that can have it, for other toolkits:
+    `qwt_fx.pt2e.QwTQuantizer`, or any that quantizes a float graph statically.
+
+    Args:
+        gm: a graph from `capture` or `torch.export`; it is not changed.
+        batches: calibration batches as for `calibrate`; the first gives the channels' scales.
+        config: its `a_bits`, `overrides` and `token_masks` decide the scales.
+    """
+    prepared = prepare(gm, (config or QuantConfig()).replace(attention="none"))
+    check_parameters(prepared)
+    observe(prepared, batches)
+    PassManager((ReparameterizeLayerNorm(), RemoveObservers()))(prepared)
+    return prepared
 
 
 def calibrate(
@@ -173,7 +191,7 @@ def convert(prepared: GraphModule) -> GraphModule:
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: tuple[Any, ...] | Tensor,
     batches: Any,
     config: QuantConfig | None = None,
@@ -184,7 +202,7 @@ def quantize(
     """Capture (unless captured), prepare, calibrate and convert in one call.
 
     Args:
-        model: a module, or a graph from `capture`; it is not changed.
+        model: a module, or a graph from `capture` or `torch.export`; it is not changed.
         example_inputs: a tuple of tensors, any batch size.
         batches: calibration batches; see `calibrate`.
         config: how to quantize; default `QuantConfig()`.

@@ -1,5 +1,7 @@
 """Captures a model into a canonical ATen graph with a dynamic batch dimension.
 
+A graph that `torch.export` made already is taken as it is, if its batch dimension is dynamic.
+
 A text tower of which it is proved that nothing behind the end of a text matters gets a dynamic
 length as well (`qwt_fx.end_of_text`). `torch.export` does the capture; `qwt_fx.canonicalize`
 then removes what it adds for its own checks and what computes nothing, and leaves no literal device
@@ -8,6 +10,7 @@ in the graph.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -134,8 +137,62 @@ def _name_layers(gm: GraphModule) -> None:
         node.meta["layer"] = name if count == 0 else f"{name}@{count}"
 
 
+def _is_exported(model: object) -> bool:
+    """Whether this is a program of `torch.export`, or the module of one."""
+    if isinstance(model, ExportedProgram):
+        return True
+    return isinstance(model, GraphModule) and all(
+        "val" in node.meta for node in model.graph.nodes if node.op == "placeholder"
+    )
+
+
+def adopt(exported: ExportedProgram | GraphModule) -> GraphModule:
+    """A graph made by `torch.export` as a captured graph; the graph given is not changed.
+
+    Raises `CaptureError` for a graph that `torch.export` did not make, one of a fixed batch size, or one
+    that writes to its inputs' memory.
+    """
+    if not _is_exported(exported):
+        raise CaptureError(
+            f"got a {type(exported).__name__} that torch.export did not make (its inputs have no "
+            "recorded values); call qwt_fx.capture(model, example_inputs) on the model itself"
+        )
+    _require_dynamic_batch(exported)
+    if isinstance(exported, ExportedProgram):
+        gm = _captured(exported)
+    else:
+        if written := [node.name for node in exported.graph.nodes if _mutates(node)]:
+            raise CaptureError(
+                f"{written[0]} writes to its input: give the ExportedProgram instead of its module()"
+            )
+        gm = _canonical(copy.deepcopy(exported))
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    if text_ids(tuple(node.meta["val"] for node in inputs)) is not None:
+        graph_info(gm).fixed_length = "the graph was exported before qwt-fx saw the model"
+    return gm
+
+
+def _require_dynamic_batch(exported: ExportedProgram | GraphModule) -> None:
+    given = exported.graph.nodes
+    if isinstance(exported, ExportedProgram):  # its parameters are placeholders, too
+        names = set(exported.graph_signature.user_inputs)
+        given = [node for node in given if node.name in names]
+    for node in given:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if isinstance(value.shape[0], int):
+            raise CaptureError(
+                f"input {node.name!r} was exported for a batch of {value.shape[0]} alone; export it "
+                "with dynamic_shapes={'"
+                + node.name
+                + "': {0: torch.export.Dim('batch')}}, or call "
+                "qwt_fx.capture(model, example_inputs) on the model itself"
+            )
+
+
 def capture(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: tuple[Any, ...] | Tensor,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -144,7 +201,8 @@ def capture(
     """Capture a model as a graph of ATen ops whose batch dimension is dynamic.
 
     Args:
-        model: any module `torch.export` can trace; it is captured in evaluation mode.
+        model: any module `torch.export` can trace; it is captured in evaluation mode. Or what
+            `torch.export.export` returned, or its `module()`, with a dynamic batch dimension.
         example_inputs: a tuple of tensors (or one tensor) whose first dimension is the batch; any
             batch size, 1 included.
         kwargs: keyword inputs of `forward`.
@@ -162,6 +220,10 @@ def capture(
     """
     if isinstance(model, GraphModule) and has_graph_info(model):
         return model
+    if isinstance(model, ExportedProgram) or (
+        isinstance(model, GraphModule) and _is_exported(model)
+    ):
+        return adopt(model)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if not isinstance(example_inputs, tuple):
@@ -192,6 +254,10 @@ def _captured(program: ExportedProgram, full: Tensor | None = None) -> GraphModu
     gm = program.module()
     if not isinstance(gm, GraphModule):
         raise CaptureError(f"torch.export returned {type(gm).__name__}, wanted a GraphModule")
+    return _canonical(gm, full)
+
+
+def _canonical(gm: GraphModule, full: Tensor | None = None) -> GraphModule:
     canonicalize(gm)
     if full is not None:
         record_full_length(gm, full)

@@ -137,7 +137,9 @@ class QuantConfig:
             "none", "regression" (of all least squares), "all" (ranges too).
 
     The remedies of `best`, each alone (see `qwt_fx.remedies`); "auto", the default of every one, is
-    the recipe's choice:
+    the recipe's choice.
+
+    Attributes:
         ranges: "percentile" of the first batch (RepQ-ViT), or "output": from all batches, what
             disturbs the layers' output least.
         reparameterization: how much of a norm's channel differences moves into the weights: a

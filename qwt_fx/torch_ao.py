@@ -1,4 +1,4 @@
-"""The only door to torch.ao: q/dq operators of `torch.ops.quantized_decomposed`.
+"""The only door to torch.ao: q/dq operators of `torch.ops.quantized_decomposed`; torchao's PT2E.
 
 Upstream plans to move these out of torch; torchao's twin registers the same operators and is the
 fallback. Nothing else in qwt-fx imports torch.ao or torchao.
@@ -7,6 +7,8 @@ fallback. Nothing else in qwt-fx imports torch.ao or torchao.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,6 +47,26 @@ def _load() -> Any:
             "install torchao (pip install 'qwt-fx[torchao]')"
         )
     return torch.ops.quantized_decomposed
+
+
+@dataclass(frozen=True)
+class PT2E:
+    """torchao's modules for a quantizer of `prepare_pt2e`."""
+
+    observer: ModuleType
+    quantizer: ModuleType
+
+
+def load_pt2e() -> PT2E:
+    """Import torchao's PT2E. Raises `MissingExtraError` where it is missing or too old."""
+    base = "torchao.quantization.pt2e"
+    try:
+        importlib.import_module(f"{base}.quantize_pt2e")
+        return PT2E(*(importlib.import_module(f"{base}.{n}") for n in ("observer", "quantizer")))
+    except ImportError as error:
+        raise MissingExtraError(
+            f"QwTQuantizer needs torchao ({error}): pip install 'qwt-fx[torchao]'"
+        ) from error
 
 
 _ops = _load()
