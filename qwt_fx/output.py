@@ -32,14 +32,23 @@ _MARKER = ".qwt-fx-partial"
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all; parents are made. Raises `OutputError`."""
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise OutputError(f"cannot write {path}: {error}") from None
+    write_bytes_atomic(path, data)
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; parents are made. Raises `OutputError`."""
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
@@ -47,7 +56,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-    except (OSError, UnicodeEncodeError) as error:
+    except OSError as error:
         raise OutputError(f"cannot write {path}: {_reason(error)}") from None
 
 
