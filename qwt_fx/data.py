@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -44,7 +44,7 @@ class CalibrationData:
         notes: sentences that the user should read.
     """
 
-    batches: list[tuple[Tensor, Tensor]] | KeptBatches
+    batches: Sequence[tuple[Tensor, Tensor]]
     samples: int
     skipped_samples: int
     shards: int
@@ -95,6 +95,7 @@ def load_calibration(
     # As many as may be bad before the share of bad ones is an error.
     spare = samples // 9 + 1
     pairs = _draw(spec, dataset_type, samples, spare, seed, class_prompts)
+    batches: list[tuple[Tensor, Tensor]] | KeptBatches
     batches = [] if store is None else KeptBatches(store)
     collected = _Collected(spec, samples, batch_size, tokenizer, progress, batches)
     while (missing := samples - collected.good) > 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from qwt_fx.value_store import Kept, ValueStore
 
 
-class KeptBatches(Sequence[tuple[Tensor, ...]]):
+class KeptBatches(Sequence[tuple[Tensor, Tensor]]):
     """Batches on the disk where the store has a budget, in memory where it has none.
 
     They are read only a few times in a calibration, activations many times: memory is for those.
@@ -21,7 +21,7 @@ class KeptBatches(Sequence[tuple[Tensor, ...]]):
         self._store = store
         self._batches: list[tuple[Kept, ...]] = []
 
-    def append(self, batch: tuple[Tensor, ...]) -> None:
+    def append(self, batch: tuple[Tensor, Tensor]) -> None:
         """Keep one more batch."""
         kept = tuple(self._store.keep(tensor, in_memory=False) for tensor in batch)
         self._batches.append(kept)

@@ -228,7 +228,7 @@ class OutputDirectory:
 
     def _commit(self) -> None:
         try:
-            _sync(self.path)
+            sync(self.path)
             if self.target.exists():
                 # Checked again: hours may have passed, and what came since is not ours to delete.
                 self._check_target()
@@ -258,7 +258,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Put a folder's files on the disk before its name says that they are complete."""
     for root, _, names in os.walk(folder):
         for name in names:

@@ -26,7 +26,8 @@ from qwt_fx.regression import Fit
 from qwt_fx.rescale_search import Rescale
 from qwt_fx.sensitivity import Sensitivity
 
-RESULTS = {cls.__name__: cls for cls in (AffineFit, Fit, FittedLayer, Range, Rescale, Sensitivity)}
+_CLASSES: tuple[type[Any], ...] = (AffineFit, Fit, FittedLayer, Range, Rescale, Sensitivity)
+RESULTS = {cls.__name__: cls for cls in _CLASSES}
 
 Step = tuple[str, Any]
 """A step's name and its result."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +170,52 @@ def test_the_inputs_are_not_held(towers: dict) -> None:
     assert torch.equal(runner.envs[1][image], batches[1])
     runner.advance(next(n for n in graph.graph.nodes if n.op == "call_function"))
     assert image not in set(runner.envs[1])
+
+
+# Peak memory of one calibration above what the process had before, in MB; words: batches, budget.
+GROWTH = """
+import resource, sys
+import torch, toys, qwt_fx
+from collections.abc import Sequence
+
+torch.set_num_threads(1)
+count, budget = int(sys.argv[1]), sys.argv[2]
+
+class Drawn(Sequence):
+    def __len__(self): return count
+    def __getitem__(self, i):
+        if i >= count: raise IndexError
+        return (toys.tokens(32, 50, 128, seed=i),)
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+graph = qwt_fx.capture(toys.randomize(toys.Tower(2, 128)), (toys.tokens(2, 50, 128),))
+config = qwt_fx.QuantConfig(w_bits=6, a_bits=6, compensation="qwt")
+qwt_fx.calibrate(qwt_fx.prepare(graph, config), [toys.tokens(32, 50, 128)] * 2)  # warm-up
+before = peak()
+qwt_fx.calibrate(
+    qwt_fx.prepare(graph, config), Drawn(), memory_budget=None if budget == "none" else budget
+)
+print(peak() - before)
+"""
+
+
+def growth(count: int, budget: str) -> float:
+    result = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(count), budget],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(result.stdout)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_samples_under_a_budget() -> None:
+    free = growth(64, "none")
+    few, many = growth(8, "10MB"), growth(64, "10MB")
+    assert free > 150.0  # what there is to be saved
+    assert few < 40.0
+    assert many < few + 15.0

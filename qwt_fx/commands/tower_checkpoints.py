@@ -17,12 +17,13 @@ from typing import Any
 from torch.fx import GraphModule
 
 from qwt_fx.artifact import read_artifact, write_artifact
+from qwt_fx.artifact_index import INDEX
 from qwt_fx.calibration_identity import calibration_identity
 from qwt_fx.classifier import ClassifierQuantizer
-from qwt_fx.errors import ArtifactError
+from qwt_fx.errors import ArtifactError, OutputError
 from qwt_fx.graph import graph_info
 from qwt_fx.journal import NO_JOURNAL, Journal, StoredJournal
-from qwt_fx.output import OutputDirectory
+from qwt_fx.output import sync
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,11 @@ class _Stored(TowerCheckpoint):
         # Opened first: it refuses another calibration's folder, and keeps its identity to the end.
         self.journal = self._journal = StoredJournal.open(folder / name, identity)
         self.notes = self._journal.notes
-        if (self._done).exists():
+        if (self._done / INDEX).exists():  # written last
             try:
                 self.finished = self._read(device)
             except ArtifactError as error:
                 self.notes += (f"the finished {name} tower is damaged ({error}): calibrated anew",)
-                shutil.rmtree(self._done)
 
     def _read(self, device: str) -> FinishedTower:
         artifact = read_artifact(self._done)
@@ -87,8 +87,13 @@ class _Stored(TowerCheckpoint):
             "classifier": None if tower.classifier is None else tower.classifier.to_dict(),
             "seconds": tower.seconds,
         }
-        with OutputDirectory(self._done, keep_partial=False) as output:
-            write_artifact(output.path, {self._name: tower.graph}, config={}, extra=extra)
+        try:
+            shutil.rmtree(self._done, ignore_errors=True)
+            self._done.mkdir()
+            write_artifact(self._done, {self._name: tower.graph}, config={}, extra=extra)
+            sync(self._done)
+        except OSError as error:
+            raise OutputError(f"cannot write {self._done}: {error.strerror or error}") from None
         self._journal.forget()
 
 
