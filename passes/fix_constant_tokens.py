@@ -62,21 +62,20 @@ class FixConstantTokens(Pass):
         if not bool((starts == starts[0]).all()):
             yield Skip("graph", "its texts begin with different tokens")
             return
-        values = _values(gm, batches[0], linears)
+        values = _values(gm, batches[0], {n: proof.positions.get(n.name) for n in linears})
         first: Node | None = None
         for linear in linears:
             if linear.name not in proof.positions:
                 yield Skip(layer_name(linear), "its rows mix positions")
                 continue
-            value = values[linear]
-            rows = value.reshape(-1, value.shape[-1])[proof.positions[linear.name] == 0]
+            shape, rows = values[linear]
             spread = float((rows - rows[0]).abs().max())
             if spread > _SAME * float(rows.abs().max().clamp_min(1e-30)):
                 yield Skip(layer_name(linear), "position 0 differs between samples")
                 continue
             if first is None:
                 first = _begins_with(gm, int(starts[0]))
-            _replace(gm, linear, value, proof.positions[linear.name], rows[0], first)
+            _replace(gm, linear, shape, proof.positions[linear.name], rows[0], first)
             info.constant_token = int(starts[0])
             yield Change(layer_name(linear), "position 0 is a constant")
 
@@ -87,14 +86,22 @@ def _ids(gm: GraphModule, batch: Any) -> Tensor:
     return ids
 
 
-def _values(gm: GraphModule, batch: Any, linears: list[Node]) -> dict[Node, Tensor]:
-    """Each linear's output in floating point on one batch."""
-    found: dict[Node, Tensor] = {}
-    wanted = {user: linear for linear in linears for user in linear.users}
+def _values(
+    gm: GraphModule, batch: Any, positions: dict[Node, Tensor | None]
+) -> dict[Node, tuple[torch.Size, Tensor]]:
+    """The shape of each linear's output, and its rows at position 0, in floating point.
+
+    positions: of each linear's rows; one without them is left out.
+    """
+    found: dict[Node, tuple[torch.Size, Tensor]] = {}
+    wanted = {user: linear for linear in positions for user in linear.users}
 
     def visit(node: Node, env: dict[Node, Any]) -> None:
-        if node in wanted and wanted[node] in env:
-            found[wanted[node]] = env[wanted[node]]
+        linear = wanted.get(node)
+        if linear is None or linear not in env or (where := positions[linear]) is None:
+            return
+        value = env[linear]
+        found[linear] = (value.shape, value.reshape(-1, value.shape[-1])[where == 0])
 
     set_mode(gm, Mode.OFF)
     run_all(gm, batch, visit)
@@ -117,10 +124,10 @@ def _begins_with(gm: GraphModule, token: int) -> Node:
 
 
 def _replace(
-    gm: GraphModule, linear: Node, value: Tensor, positions: Tensor, row: Tensor, first: Node
+    gm: GraphModule, linear: Node, whole: torch.Size, positions: Tensor, row: Tensor, first: Node
 ) -> None:
     """Put where(position 0 and a calibrated start, row, linear) behind the linear."""
-    shape = value.shape[:-1]
+    shape = whole[:-1]
     batch = batch_axis(linear)
     assert batch is not None and len(shape) == 2  # (samples, positions) in either order
     axis = 1 - batch
@@ -134,9 +141,9 @@ def _replace(
     with gm.graph.inserting_after(linear):
         constant = add_tensor(gm, f"{name}_value", row.detach().clone())
     with gm.graph.inserting_after(constant):
-        whole = add_tensor(gm, f"{name}_position", is_first.reshape(mask_shape).to(row.device))
-    with gm.graph.inserting_after(whole):
-        position = cut_to_length(gm, whole, axis)
+        every = add_tensor(gm, f"{name}_position", is_first.reshape(mask_shape).to(row.device))
+    with gm.graph.inserting_after(every):
+        position = cut_to_length(gm, every, axis)
     call = gm.graph.call_function
     with gm.graph.inserting_after(position):
         starts = call(aten.reshape.default, (first, [*sample_shape, 1]))

@@ -25,11 +25,13 @@ from qwt_fx.errors import ConfigError, DataError, PreconditionError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import Block, find_node, graph_info
 from qwt_fx.hold_out import held_out_samples
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.runner import BlockRunner, Subgraph, batch_size, check_batches, start
 from qwt_fx.sample_ids import sample_ids
-from qwt_fx.token_map import token_mask
+from qwt_fx.token_map import token_masks
+from qwt_fx.value_store import ValueStore
 
 TARGETS = ("local", "fp")
 
@@ -52,6 +54,8 @@ class InsertCompensation(Pass):
         half: store weights in half precision (they are read back as float32); one that overflows
             half precision stays in float32.
         progress: called as progress(blocks done, blocks).
+        journal: keeps the fit of each block, and is committed after each.
+        store: keeps the activations at the block reached.
 
     A block compensated before is skipped. Raises `DataError` naming the block for values that are not
     finite, `ConfigError` for an unknown kind or target,
@@ -66,6 +70,8 @@ class InsertCompensation(Pass):
     token_masks: bool = True
     half: bool = True
     progress: Any = field(default=None, compare=False)
+    journal: Journal = field(default=NO_JOURNAL, compare=False)
+    store: ValueStore = field(default_factory=ValueStore, compare=False)
 
     preserves_fp: ClassVar[bool] = False
 
@@ -113,8 +119,11 @@ class InsertCompensation(Pass):
             walk = _Walk(self, gm)
             for index in range(len(info.blocks)):
                 yield walk.block(index)
+                self.journal.commit()
                 if self.progress is not None:
                     self.progress(index + 1, len(info.blocks))
+            walk.quantized.release()
+            walk.floating.release()
 
 
 class _Walk:
@@ -128,17 +137,17 @@ class _Walk:
         self.compensator: Compensator = compensator(self.kind, compensation.half)
         self.batches = check_batches(compensation.batches)
         self.sizes = [batch_size(b) for b in self.batches]
-        self.quantized = BlockRunner(gm, self.batches)
-        self.floating = BlockRunner(self.reference, self.batches)
+        self.quantized = BlockRunner(gm, self.batches, compensation.store)
+        self.floating = BlockRunner(self.reference, self.batches, compensation.store)
         held_out = held_out_samples(sum(self.sizes), compensation.hold_out)
         self.judges = torch.split(held_out, self.sizes)
         # Block by block: compensating a block renames the next one's input.
-        self.masks: list[list[Tensor | None]] = [[] for _ in graph_info(gm).blocks]
         boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
-        for batch in self.batches:
-            rows = token_mask(gm, batch, boundary).rows if compensation.token_masks else {}
-            for masks, source in zip(self.masks, boundary, strict=True):
-                masks.append(rows.get(source.name))
+        proofs = token_masks(gm, self.batches, boundary) if compensation.token_masks else []
+        self.masks: list[list[Tensor | None]] = [
+            [proof.rows.get(source.name) for proof in proofs] or [None] * len(self.batches)
+            for source in boundary
+        ]
 
     def block(self, index: int) -> Change | Skip:
         """Compensate one block where it helps."""
@@ -161,7 +170,10 @@ class _Walk:
         rows = [self._rows(site, i, mask) for i, mask in enumerate(self.masks[index])]
         if any(r is None for r in rows):
             return Skip(block.name, "which sample each of its tokens belongs to is not known")
-        fit = self._fit(site, graph_info(self.reference).blocks[index], rows)
+        original = graph_info(self.reference).blocks[index]
+        fit = self.settings.journal.once(
+            f"compensation of {block.name}", lambda: self._fit(site, original, rows)
+        )
         judged = fit.r2 if fit.r2_held_out is None else fit.r2_held_out
         record = info.compensations[block.name] = {
             "kind": str(self.kind),

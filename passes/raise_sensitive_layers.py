@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import layer_name
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.layer_groups import LayerGroup, find_groups, weight_quantizer
 from qwt_fx.norms import fake_quant_of
 from qwt_fx.observe import fake_quant_nodes, observe
@@ -31,6 +32,7 @@ class RaiseSensitiveLayers(Pass):
         batches: calibration batches, a list of tuples of tensors (or of tensors).
         budget: weight bytes that may be added, as a share of the quantized weights' bytes, in [0, 1].
         samples: samples of the first batch that are used.
+        journal: keeps what was measured.
 
     Stands between `InsertObservers` and calibration. Groups of layers are taken by how much of the
     output's error each byte removes; a group of which only the input has fewer bits costs nothing.
@@ -40,6 +42,7 @@ class RaiseSensitiveLayers(Pass):
     batches: Any
     budget: float
     samples: int = 64
+    journal: Journal = field(default=NO_JOURNAL, compare=False)
 
     preserves_fp: ClassVar[bool] = True
 
@@ -61,9 +64,14 @@ class RaiseSensitiveLayers(Pass):
             x[: self.samples] if isinstance(x, torch.Tensor) else x
             for x in as_inputs(check_batches(self.batches)[0])
         )
-        # Ranges per channel: what both recipes make of the channels later comes close to that.
-        trial = observe(copy.deepcopy(gm), [first])
-        measured = measure_sensitivity(trial, first)
+
+        def measure() -> tuple[Sensitivity, ...]:
+            # Ranges per channel: what both recipes make of the channels later comes close to that.
+            trial = observe(copy.deepcopy(gm), [first])
+            return tuple(measure_sensitivity(trial, first))
+
+        measured = self.journal.once("sensitivities", measure)
+        self.journal.commit()
         groups = {tuple(layer_name(n) for n in g.layers): g for g in find_groups(gm) if g.layers}
         total = sum(s.weights * s.weight_bits for s in measured if s.weight_bits is not None) / 8
         for sensitivity, cost in choose(measured, self.budget * total):

@@ -109,6 +109,7 @@ def refit(centred: tuple[Tensor, Tensor], ridge: float) -> Tensor | None:
     damped = gram.clone()
     damped.diagonal().add_(ridge * mean)
     factor, info = torch.linalg.cholesky_ex(damped)
+    del damped  # as large as the Gram, and the solution takes a copy of its own
     if int(info):  # fewer tokens than channels and next to no ridge
         return None
     return torch.cholesky_solve(cross, factor).T
@@ -124,11 +125,11 @@ def choose_refit(
     nothing = torch.zeros(len(train.t), len(train.x), dtype=torch.float64, device=train.x.device)
     unchanged = judge.residual(None, train.bias(nothing))
     errors: dict[float, float] = {}
-    centred = train.centred()
+    centred = [train.centred()]
 
     def error(ridge: float) -> float:
         if ridge not in errors:
-            change = refit(centred, ridge)
+            change = refit(centred[0], ridge)
             errors[ridge] = (
                 math.inf if change is None else judge.residual(change, train.bias(change))
             )
@@ -141,4 +142,5 @@ def choose_refit(
             at += step
     if not error(ridges[at]) < unchanged:
         return None, None
+    centred.clear()  # a large Gram that the last refit does not need
     return refit((train + judge).centred(), ridges[at]), ridges[at]

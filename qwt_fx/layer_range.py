@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -37,6 +39,9 @@ _WORTH = 0.7  # ... where that leaves at most this share of the error
 # with the next quantizer cannot fuse across it.
 _FINE_ENOUGH = 8
 
+Histograms = Callable[[], Histogram]
+"""A group's histogram, counted when it is first asked for."""
+
 
 def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[LayerGroup, str]:
     """Rescale what can be, then set the quantizer's qparams.
@@ -44,27 +49,43 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[
     Returns the group, whose source changes where its input gets a product of its own, and what was
     done. Raises `DataError` for values that are not finite.
     """
-    histogram = _histogram(walk, group, quantizer.name)
+    # Counted when first asked for: before anything moves, and not at all where the journal knows.
+    histogram = cache(partial(_histogram, walk, group, quantizer.name))
     spec = replace(quantizer.spec.per_tensor(), include_zero=True)
     linears = [n for n in group.layers if n.target is aten.linear.default]
     done, rescale = "one range", None
     if linears and len(linears) == len(group.layers) and not group.shared:
         rescale, done = _move_upstream(walk, group, histogram, spec)
         if rescale is None and walk.remedies.input_scales and spec.bits < _FINE_ENOUGH:
-            group, rescale = _multiply_input(walk, group, histogram, spec)
+            group, rescale = _multiply_input(walk, group, histogram, spec, quantizer.name)
             done = "one range" if rescale is None else "moved into a product of the input"
         if rescale is not None:
             done += f", strength {rescale.strength:g}"
+    found, token_scale = walk.journal.once(
+        f"range of {quantizer.name}", partial(_best_range, walk, group, histogram, spec, rescale)
+    )
+    if token_scale is not None:
+        quantizer.token_scale = token_scale
+        done += f", {int((token_scale != 1).sum())} positions with scales of their own"
+    quantizer.spec = spec
+    quantizer.set_qparams(found.scale, found.zero_point)
+    return group, done
+
+
+def _best_range(
+    walk: Lockstep,
+    group: LayerGroup,
+    histogram: Histograms,
+    spec: QuantSpec,
+    rescale: Rescale | None,
+) -> tuple[Range, Tensor | None]:
+    """The range, and the positions' scales where these are worth it."""
     found = _search(walk, group, histogram, spec, rescale)
     if (apart := _search_apart(walk, group, spec)) is not None:
         token_scale, range_apart = apart
         if range_apart.error < _WORTH * found.error:
-            found = range_apart
-            quantizer.token_scale = token_scale
-            done += f", {int((token_scale != 1).sum())} positions with scales of their own"
-    quantizer.spec = spec
-    quantizer.set_qparams(found.scale, found.zero_point)
-    return group, done
+            return range_apart, token_scale
+    return found, None
 
 
 def _weights(walk: Lockstep, group: LayerGroup) -> list[Tensor]:
@@ -84,13 +105,13 @@ def _importance(walk: Lockstep, group: LayerGroup, channels: int) -> Tensor:
 def _search(
     walk: Lockstep,
     group: LayerGroup,
-    histogram: Histogram,
+    histogram: Histograms,
     spec: QuantSpec,
     rescale: Rescale | None = None,
 ) -> Range:
-    importance = _importance(walk, group, len(histogram.total))
+    importance = _importance(walk, group, len(histogram().total))
     moved = () if rescale is None else (rescale.scale, rescale.shift)
-    return search_range(gather_mass(histogram.entries(), importance, *moved), spec)
+    return search_range(gather_mass(histogram().entries(), importance, *moved), spec)
 
 
 def _search_apart(
@@ -135,7 +156,7 @@ def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
 
 
 def _move_upstream(
-    walk: Lockstep, group: LayerGroup, histogram: Histogram, spec: QuantSpec
+    walk: Lockstep, group: LayerGroup, histogram: Histograms, spec: QuantSpec
 ) -> tuple[Rescale | None, str]:
     """Move differences between channels into what makes the value, where that is possible."""
     gm = walk.gm
@@ -144,7 +165,8 @@ def _move_upstream(
         readers = norm_readers(gm, origin)
         if why_not_reparameterizable(gm, origin) is None and len(readers.fake_quants) == 1:
             shifts = origin.target is aten.layer_norm.default
-            chosen = _choose(walk, group, histogram, spec, shifts=shifts)
+            find = partial(_choose, walk, group, histogram, spec, shifts=shifts)
+            chosen = walk.journal.once(f"rescale of {origin.name}", find)
             divide_norm(gm, origin, chosen.scale, chosen.shift)
             _undo(walk, readers.linears, origin, chosen)
             return chosen, "moved into the norm"
@@ -153,7 +175,8 @@ def _move_upstream(
         # do not.
         fused = not is_call(mapped.attention, MATMULS)
         shifts = fused or not is_fake_quant(gm, mapped.attention.args[0])
-        chosen = _choose(walk, group, histogram, spec, shifts=shifts)
+        find = partial(_choose, walk, group, histogram, spec, shifts=shifts)
+        chosen = walk.journal.once(f"rescale of {mapped.producer.name}", find)
         divide_rows(gm, mapped.producer, mapped.rows, chosen.scale, chosen.shift)
         divide_constants(gm, mapped.constants, mapped.rows, chosen.scale, chosen.shift)
         _undo(walk, group.layers, group.source, chosen)
@@ -162,15 +185,20 @@ def _move_upstream(
 
 
 def _multiply_input(
-    walk: Lockstep, group: LayerGroup, histogram: Histogram, spec: QuantSpec
+    walk: Lockstep, group: LayerGroup, histogram: Histograms, spec: QuantSpec, name: str
 ) -> tuple[LayerGroup, Rescale | None]:
     """Multiply the input by a constant per channel, where that leaves far less error."""
-    chosen = _choose(walk, group, histogram, spec, shifts=True)
-    plain = _choose(walk, group, histogram, spec, shifts=False, strengths=(0.0,)).error
-    if (apart := _search_apart(walk, group, spec)) is not None:
-        gained = _search(walk, group, histogram, spec).error - apart[1].error
-        plain -= max(gained, 0.0)
-    if chosen.error >= _WORTH * plain:
+
+    def find() -> Rescale | None:
+        chosen = _choose(walk, group, histogram, spec, shifts=True)
+        plain = _choose(walk, group, histogram, spec, shifts=False, strengths=(0.0,)).error
+        if (apart := _search_apart(walk, group, spec)) is not None:
+            gained = _search(walk, group, histogram, spec).error - apart[1].error
+            plain -= max(gained, 0.0)
+        return None if chosen.error >= _WORTH * plain else chosen
+
+    chosen = walk.journal.once(f"product of the input of {name}", find)
+    if chosen is None:
         return group, None
     assert group.quantizer is not None  # fit_range has one
     source = divide_input(walk.gm, group.quantizer, chosen.scale, chosen.shift)
@@ -183,7 +211,7 @@ def _multiply_input(
 def _choose(
     walk: Lockstep,
     group: LayerGroup,
-    histogram: Histogram,
+    histogram: Histograms,
     spec: QuantSpec,
     *,
     shifts: bool,
@@ -193,7 +221,7 @@ def _choose(
     modules = [weight_quantizer(walk.gm, n) for n in group.layers]
     bits = min((m.spec.bits for m in modules if m is not None), default=None)
     weights = _weights(walk, group)
-    return choose_rescale(histogram, weights, spec, bits, strengths, shifts=shifts)
+    return choose_rescale(histogram(), weights, spec, bits, strengths, shifts=shifts)
 
 
 def _value_map(walk: Lockstep, group: LayerGroup) -> ValueMap | None:

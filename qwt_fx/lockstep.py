@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.graph import find_node, graph_info
 from qwt_fx.hold_out import held_out_samples
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.layer_groups import LayerGroup, rows_of
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale_search import Rescale
-from qwt_fx.runner import BlockRunner, batch_size, check_batches
+from qwt_fx.runner import BlockRunner, EachBatch, batch_size, check_batches
 from qwt_fx.sample_ids import sample_ids
-from qwt_fx.token_map import token_mask
+from qwt_fx.token_map import token_masks
+from qwt_fx.value_store import ValueStore
 
 aten = torch.ops.aten
 
@@ -24,7 +27,8 @@ class Lockstep:
     """Both graphs at the point reached, and which rows of which batch are used for what.
 
     Between two groups each graph holds, for every batch, the values that later nodes still read: at
-    most a block's widest value and its residual. Nothing is stored beyond that.
+    most a block's widest value and its residual. Nothing is stored beyond that. `store` keeps them; the
+    two graphs share its budget.
     """
 
     def __init__(
@@ -34,17 +38,26 @@ class Lockstep:
         batches: Any,
         groups: list[LayerGroup],
         remedies: LayerRemedies,
+        journal: Journal = NO_JOURNAL,
+        store: ValueStore | None = None,
     ) -> None:
         self.gm = gm
         self.reference = reference
         self.remedies = remedies
+        self.journal = journal
         listed = check_batches(batches)
         self.sizes = [batch_size(b) for b in listed]
-        self._quantized = BlockRunner(gm, listed)
-        self._floating = BlockRunner(reference, listed)
+        store = store or ValueStore()
+        self._quantized = BlockRunner(gm, listed, store)
+        self._floating = BlockRunner(reference, listed, store)
         self._judges = torch.split(held_out_samples(sum(self.sizes), remedies.hold_out), self.sizes)
         sources = [g.source for g in groups]
-        self._tokens = [token_mask(gm, batch, sources) for batch in listed]
+        self._tokens = token_masks(gm, listed, sources)
+
+    def release(self) -> None:
+        """Drop everything that is held: the walk is over."""
+        self._quantized.release()
+        self._floating.release()
 
     def advance(self, source: Node) -> None:
         """Run both graphs up to the value a group reads."""
@@ -55,9 +68,9 @@ class Lockstep:
         """The floating-point graph's node of the same name, or of the name of what it replaced."""
         return find_node(self.reference, str(node.meta.get("replaces", node.name)))
 
-    def values(self, node: Node) -> list[Tensor]:
+    def values(self, node: Node) -> Sequence[Tensor]:
         """The quantized path's value of each batch, (samples, ...)."""
-        return [env[node] for env in self._quantized.envs]
+        return EachBatch(self._quantized.envs, node)
 
     def floating(self, node: Node, index: int) -> Tensor:
         """The floating-point path's value of one batch."""

@@ -19,6 +19,7 @@ from qwt_fx.config import QuantConfig
 from qwt_fx.errors import DataError, NotCalibratedError
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.graph import graph_info, tensor_of
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.recipes import recipe_for
 from qwt_fx.runner import check_batches, start
@@ -70,12 +71,13 @@ def masked_rows(gm: GraphModule, batch: Any, nodes: Sequence[Node]) -> Iterator[
             fake_quant_of(gm, node).rows = None
 
 
-def observe(gm: GraphModule, batches: Any) -> GraphModule:
+def observe(gm: GraphModule, batches: Any, journal: Journal = NO_JOURNAL) -> GraphModule:
     """Find the scale and zero point of every quantizer that has none; leaves them switched on.
 
     Args:
         gm: a graph with observers (`InsertObservers`), changed in place and returned.
         batches: a list of tuples of tensors (or of tensors); the first batch is observed.
+        journal: keeps the ranges.
 
     Raises:
         NotCalibratedError: the graph has no observers.
@@ -85,6 +87,21 @@ def observe(gm: GraphModule, batches: Any) -> GraphModule:
     nodes = fake_quant_nodes(gm)
     if not nodes:
         raise NotCalibratedError("the graph has no observers: run InsertObservers(config)(gm)")
+    modules = [fake_quant_of(gm, n) for n in nodes]
+
+    def find() -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        _observe(gm, first, nodes)
+        return tuple((m.scale, m.zero_point) for m in modules)
+
+    for module, (scale, zero_point) in zip(modules, journal.once("ranges", find), strict=True):
+        if scale is not None:
+            module.set_qparams(scale, zero_point)
+    journal.commit()
+    set_mode(gm, Mode.ON)
+    return gm
+
+
+def _observe(gm: GraphModule, first: Any, nodes: Sequence[Node]) -> None:
     activations = [n for n in nodes if not _is_weight(gm, n)]
     set_mode(gm, Mode.OBSERVE)
     with torch.no_grad():
@@ -93,8 +110,6 @@ def observe(gm: GraphModule, batches: Any) -> GraphModule:
                 _run_first(gm, first)
         else:
             _run_first(gm, first)
-    set_mode(gm, Mode.ON)
-    return gm
 
 
 def _run_first(gm: GraphModule, batch: Any) -> None:

@@ -19,6 +19,7 @@ from qwt_fx.errors import ConfigError
 from qwt_fx.feature_store import FeatureStore
 from qwt_fx.imagefolder import open_validation
 from qwt_fx.retrieval_data import RetrievalReader
+from qwt_fx.value_store import ValueStore
 
 
 def device_of(args: argparse.Namespace) -> str:
@@ -56,8 +57,12 @@ def load_batches(
     screen: Screen,
     extra_batches: int,
     prompts: ClassPrompts | None,
+    store: ValueStore | None = None,
 ) -> CalibrationData:
-    """Calibration pairs; `extra_batches` more than asked for (an off-by-one of the original)."""
+    """Calibration pairs; `extra_batches` more than asked for (an off-by-one of the original).
+
+    `store` keeps them, by default memory.
+    """
     if args.train_data is None:
         raise ConfigError("--train-data is needed: calibration shards, a folder or a csv file")
     with screen.phase("read calibration data") as update:
@@ -72,6 +77,7 @@ def load_batches(
             workers=args.workers,
             class_prompts=prompts,
             progress=update,
+            store=store,
         )
     for note in data.notes:
         screen.note(note)

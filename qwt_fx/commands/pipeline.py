@@ -17,13 +17,16 @@ from qwt_fx.classes import ClassPrompts
 from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 from qwt_fx.clip import ClipModel
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.tower_checkpoints import FinishedTower, TowerCheckpoints
 from qwt_fx.config import QuantConfig
 from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_features, zero_shot
 from qwt_fx.feature_store import FeatureStore
 from qwt_fx.graph import layer_name, weight_layers
+from qwt_fx.kept_batches import KeptBatches
 from qwt_fx.measure import sqnr_db, tensors_of
 from qwt_fx.observe import observe
 from qwt_fx.recipes import recipe_for
+from qwt_fx.value_store import ValueStore
 
 TOWERS = ("image", "text")
 
@@ -44,34 +47,34 @@ class QuantizedClip:
 def quantize_towers(
     model: ClipModel,
     graphs: dict[str, GraphModule],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, ...]],
     config: QuantConfig,
     towers: Sequence[str],
     screen: Screen,
+    checkpoints: TowerCheckpoints | None = None,
+    store: ValueStore | None = None,
 ) -> QuantizedClip:
     """Quantize the named towers, the image tower first; `batches` are (images, texts).
 
-    `graphs` are the captured towers; the others are taken as they are.
+    `graphs` are the captured towers; the others are taken as they are. `checkpoints` keep what is
+    found on the way, `store` the activations. `seconds` of a resumed run are its own and those of the
+    towers it found finished.
     """
+    kept = checkpoints or TowerCheckpoints()
     seconds: dict[str, float] = {}
     result = dict(graphs)
     classifier = FLOATING_CLASSIFIER
     for index, tower in enumerate(TOWERS):
         if tower not in towers:
             continue
-        inputs = [(batch[index].to(model.device),) for batch in batches]
-        prepared = api.prepare(graphs[tower], config_of_tower(config, graphs, tower))
-        published = recipe_for(config).layers is None
-        if tower == "image" and published:
-            # The published code finds the classifier's range in the very run that finds all others.
-            observe(prepared, inputs)
-            classifier = _observe_classifier(prepared, inputs, config, seconds)
-        with screen.phase(f"{tower} tower: calibrate") as update:
-            bar = partial(_advance, update)
-            api.calibrate(prepared, inputs, seconds=seconds, progress=bar)
-        if tower == "image" and not published:
-            classifier = _observe_classifier(prepared, inputs, config, seconds)
-        result[tower] = api.convert(prepared)
+        inputs = _inputs(batches, index, model.device)
+        done = _quantize_tower(
+            tower, graphs[tower], inputs, config_of_tower(config, graphs, tower), screen, kept,
+            store or ValueStore(),
+        )  # fmt: skip
+        result[tower], classifier = done.graph, done.classifier or classifier
+        for phase, spent in done.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
     return QuantizedClip(result, tuple(towers), classifier, seconds)
 
 
@@ -89,6 +92,52 @@ def config_of_tower(
     nowhere = set.intersection(*missed.values())
     kept = {g: v for g, v in config.overrides.items() if g in nowhere or g not in missed[tower]}
     return config.replace(overrides=kept)
+
+
+def _inputs(
+    batches: Sequence[tuple[Tensor, ...]], index: int, device: str | torch.device
+) -> Sequence[tuple[Tensor]]:
+    """What one tower reads of each batch."""
+    if isinstance(batches, KeptBatches):
+        return batches.column(index, device)
+    return [(batch[index].to(device),) for batch in batches]
+
+
+def _quantize_tower(
+    tower: str,
+    graph: GraphModule,
+    inputs: Sequence[tuple[Tensor]],
+    config: QuantConfig,
+    screen: Screen,
+    checkpoints: TowerCheckpoints,
+    store: ValueStore,
+) -> FinishedTower:
+    """One tower, quantized now or by the run that was cut off."""
+    seconds: dict[str, float] = {}
+    prepared = api.prepare(graph, config)
+    checkpoint = checkpoints.open(tower, prepared, inputs, inputs[0][0].device)
+    for note in checkpoint.notes:
+        screen.note(note)
+    if checkpoint.finished is not None:
+        screen.note(f"--resume: the {tower} tower is calibrated already")
+        return checkpoint.finished
+    classifier = None
+    published = recipe_for(config).layers is None
+    if tower == "image" and published:
+        # The published code finds the classifier's range in the very run that finds all others.
+        observe(prepared, inputs, checkpoint.journal)
+        classifier = _observe_classifier(prepared, inputs, config, seconds)
+    with screen.phase(f"{tower} tower: calibrate") as update:
+        bar = partial(_advance, update)
+        api.calibrate(
+            prepared, inputs, seconds=seconds, progress=bar, checkpoint=checkpoint.journal,
+            memory_budget=store,
+        )  # fmt: skip
+    if tower == "image" and not published:
+        classifier = _observe_classifier(prepared, inputs, config, seconds)
+    done = FinishedTower(api.convert(prepared), classifier, seconds)
+    checkpoint.finish(done)
+    return done
 
 
 def _advance(update: Callable[[int, int], None], phase: str, done: int, total: int) -> None:
@@ -192,7 +241,7 @@ def metrics_of(
 def calibration_sqnr(
     graphs: dict[str, GraphModule],
     result: QuantizedClip,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, ...]],
     device: str | torch.device,
 ) -> dict[str, float | None]:
     """Embedding SQNR in dB of the quantized towers on the calibration samples."""
@@ -202,9 +251,8 @@ def calibration_sqnr(
             continue
         exact, rounded = [], []
         with torch.no_grad():
-            for batch in batches:
-                inputs = batch[index].to(device)
-                exact += tensors_of(graphs[tower](inputs))
-                rounded += tensors_of(result.towers[tower](inputs))
+            for inputs in _inputs(batches, index, device):
+                exact += tensors_of(graphs[tower](*inputs))
+                rounded += tensors_of(result.towers[tower](*inputs))
         found[tower] = sqnr_db(torch.cat(exact), torch.cat(rounded))
     return found

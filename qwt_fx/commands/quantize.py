@@ -20,10 +20,11 @@ from qwt_fx.commands.arguments import (
     add_model,
     add_quant,
     quant_config,
+    size,
     towers_of,
 )
 from qwt_fx.commands.inputs import load_batches, load_model, open_evaluation, open_retrieval
-from qwt_fx.commands.partial_run import PartialRun
+from qwt_fx.commands.partial_run import ACTIVATIONS, PartialRun
 from qwt_fx.commands.pipeline import (
     QuantizedClip,
     calibration_sqnr,
@@ -35,12 +36,14 @@ from qwt_fx.commands.results import finish, kept_report
 from qwt_fx.commands.retrieval import with_retrieval
 from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.tower_checkpoints import TowerCheckpoints
 from qwt_fx.config import QuantConfig
 from qwt_fx.data import CalibrationData
 from qwt_fx.errors import CheckFailed, ConfigError
 from qwt_fx.output import REPORT, OutputDirectory, write_text_atomic
 from qwt_fx.quantizers import compensation_bytes
 from qwt_fx.report import build_report, to_json
+from qwt_fx.value_store import ValueStore
 
 EXAMPLE = """\
 example:
@@ -61,6 +64,13 @@ def add_parser(commands: Any) -> None:
     )
     for add in (add_model, add_calibration, add_quant, add_eval):
         add(parser)
+    parser.add_argument_group("memory").add_argument(
+        "--memory-budget",
+        type=size,
+        metavar="SIZE",
+        help="of activations held in memory, such as 2GB: those beyond it and the calibration's "
+        "inputs go to files in DIR.partial (default: no limit, no files)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="DIR", help="artifact folder")
     output.add_argument("--force", action="store_true", help="replace a folder of another kind")
@@ -133,7 +143,9 @@ def _quantize(
         result, known = partial.load(towers, model.device), partial.known
     else:
         prompts = None if evaluation is None else evaluation.prompts
-        result, known = _calibrate(args, config, towers, screen, folder, model, graphs, prompts)
+        result, known = _calibrate(
+            args, config, towers, screen, folder, model, graphs, prompts, partial.towers
+        )
         if config.compat != "original":  # which is not saved
             partial.keep(known)
     started = time.perf_counter()
@@ -173,15 +185,20 @@ def _calibrate(
     model: ClipModel,
     graphs: dict[str, GraphModule],
     prompts: ClassPrompts | None,
+    checkpoints: TowerCheckpoints,
 ) -> tuple[QuantizedClip, dict[str, Any]]:
     """The quantized towers, saved in `folder`, and the report's entries about their making."""
     # The original reads one batch more when it quantizes both towers (QwT quirk 19).
     extra = 1 if config.compat == "original" and len(towers) == 2 else 0
-    data = load_batches(args, model, screen, extra, prompts)
-    result = quantize_towers(model, graphs, data.batches, config, towers, screen)
-    sqnr = None
-    if args.imagenet_val is None and args.retrieval_data is None:
-        sqnr = calibration_sqnr(graphs, result, data.batches, model.device)
+    with ValueStore(args.memory_budget, folder / ACTIVATIONS) as store:
+        kept = None if args.memory_budget is None else store
+        data = load_batches(args, model, screen, extra, prompts, kept)
+        result = quantize_towers(
+            model, graphs, data.batches, config, towers, screen, checkpoints, store
+        )
+        sqnr = None
+        if args.imagenet_val is None and args.retrieval_data is None:
+            sqnr = calibration_sqnr(graphs, result, data.batches, model.device)
     size = save_clip(folder, model, result, config, screen)
     return result, {
         "calibration": calibration_entry(data),

@@ -24,6 +24,8 @@ import qwt_fx.commands.inputs
 import qwt_fx.commands.quantize
 from qwt_fx import api, cli
 from qwt_fx.commands.pipeline import Evaluation
+from qwt_fx.commands.tower_checkpoints import _Stored
+from qwt_fx.journal import StoredJournal
 from qwt_fx.passes.insert_compensation import _Walk
 
 LIMIT = 120.0
@@ -37,6 +39,10 @@ PHASES: dict[str, tuple[Any, str]] = {
     "calibrate": (api, "calibrate"),
     "compensate": (_Walk, "block"),
     "convert": (api, "convert"),
+    "step": (StoredJournal, "once"),
+    "checkpoint": (StoredJournal, "commit"),
+    "finish": (_Stored, "finish"),
+    "forget": (StoredJournal, "forget"),
     "evaluate": (Evaluation, "quantized"),
     "save": (qwt_fx.artifact, "save_file"),
     "index": (qwt_fx.artifact, "index_document"),
