@@ -31,7 +31,7 @@ from qwt_fx.layer_range import fit_range
 from qwt_fx.layer_sums import layer_sums
 from qwt_fx.lockstep import Lockstep
 from qwt_fx.norms import fake_quant_of, is_fake_quant
-from qwt_fx.observe import set_mode
+from qwt_fx.observe import observe_on_first, set_mode
 from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.qparams import LOG_SQRT2
 from qwt_fx.remedies import LayerRemedies
@@ -103,7 +103,8 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
     walk.advance(group.source)
     quantizer = None if group.quantizer is None else fake_quant_of(walk.gm, group.quantizer)
     if quantizer is not None and quantizer.spec.scheme == LOG_SQRT2:
-        quantizer.observe(walk.values(group.source)[0])
+        first = walk.values(group.source)[0]
+        observe_on_first(walk.share.ranks, [quantizer], lambda: quantizer.observe(first))
         yield Change(quantizer.name, "log-sqrt2 range")
         return
     layers = [n for n in group.layers if can_be_rows(n)]
@@ -119,15 +120,19 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
 
 
 def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> FittedLayer:
-    if not all(part.finite for part in sums):
-        raise DataError(
-            f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of squares "
-            "overflow; check the weights and the calibration inputs"
-        )
     weight, bias = weight_and_bias(walk.gm, layer)
     module = weight_quantizer(walk.gm, layer)
     spec = None if module is None else module.spec
-    fitted = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
+
+    def fit() -> dict[str, Any]:
+        if not all(part.finite for part in sums):
+            raise DataError(
+                f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of "
+                "squares overflow; check the weights and the calibration inputs"
+            )
+        return vars(fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies))
+
+    fitted = FittedLayer(**walk.share.ranks.from_first(fit))
     set_layer(walk.gm, layer, fitted.weight.reshape(weight.shape), fitted.bias, fitted.qparams)
     return fitted
 

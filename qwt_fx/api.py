@@ -45,7 +45,7 @@ from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
 from qwt_fx.recipes import recipe_for
 from qwt_fx.report import build_report
-from qwt_fx.runner import check_batches
+from qwt_fx.share import Share
 
 __all__ = [
     "calibrate", "capture", "compensations", "convert", "export", "kernel_audit", "load", "lower",
@@ -104,7 +104,8 @@ def calibrate(
 
     Args:
         prepared: what `prepare` returned.
-        batches: a list (or re-iterable) of tuples of tensors, or of tensors for one-input models.
+        batches: a list (or re-iterable) of tuples of tensors, or of tensors for one-input models; or,
+            where several processes calibrate one model together, each one's `qwt_fx.share.Share`.
         seconds: gets the time of each phase, in seconds, added under "calibrate",
             "reparameterize" and "compensate".
         progress: called as progress(phase, done, total).
@@ -115,19 +116,19 @@ def calibrate(
     check_parameters(prepared)
     config = config_of(prepared)
     recipe = recipe_for(config)
-    listed = check_batches(batches)
+    share = Share.of(batches)
     if not fake_quant_nodes(prepared):
         return prepared
     if config.attention == "auto" and config.bits_for("").activation is not None:
-        ChooseSoftmaxQuantizer(listed)(prepared)
+        ChooseSoftmaxQuantizer(share)(prepared)
     if config.exceptions > 0.0:
-        RaiseSensitiveLayers(listed, config.exceptions)(prepared)
+        RaiseSensitiveLayers(share, config.exceptions)(prepared)
     floating = _floating_twin(prepared)
     if recipe.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
         QuantizeEmbeddings()(prepared)
     if recipe.layers is None:
         with _timed(seconds, "calibrate"):
-            observe(prepared, listed)
+            observe(prepared, share)
         with _timed(seconds, "reparameterize"):
             PassManager((ReparameterizeLayerNorm(), FoldChannelWise()))(prepared)
         # The reparameterized blocks without quantizers, as the published code takes them: the same
@@ -136,16 +137,14 @@ def calibrate(
     else:
         with _timed(seconds, "reparameterize"):
             if recipe.constant_tokens:
-                FixConstantTokens(listed)(prepared)
+                FixConstantTokens(share)(prepared)
         with _timed(seconds, "calibrate"):
-            CalibrateLayers(floating, listed, recipe.layers, _phase(progress, "calibrate"))(
-                prepared
-            )
+            CalibrateLayers(floating, share, recipe.layers, _phase(progress, "calibrate"))(prepared)
     with _timed(seconds, "compensate"):
         if recipe.compensation != "none":
             InsertCompensation(
                 floating,
-                listed,
+                share,
                 kind=recipe.compensation,
                 target=recipe.target,
                 hold_out=config.hold_out if recipe.held_out else 0.0,
@@ -154,7 +153,8 @@ def calibrate(
                 progress=_phase(progress, "compensate"),
             )(prepared)
     with _timed(seconds, "calibrate"):
-        measure_layers(prepared, listed[0])
+        if share.ranks.first:  # which holds batch 0
+            measure_layers(prepared, share.batches[0])
     return prepared
 
 

@@ -11,10 +11,12 @@ from torch.fx import GraphModule, Node
 from qwt_fx.graph import find_node, graph_info
 from qwt_fx.hold_out import held_out_samples
 from qwt_fx.layer_groups import LayerGroup, rows_of
+from qwt_fx.precision import wide
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale_search import Rescale
-from qwt_fx.runner import BlockRunner, batch_size, check_batches
+from qwt_fx.runner import BlockRunner
 from qwt_fx.sample_ids import sample_ids
+from qwt_fx.share import Share
 from qwt_fx.token_map import token_mask
 
 aten = torch.ops.aten
@@ -22,6 +24,8 @@ aten = torch.ops.aten
 
 class Lockstep:
     """Both graphs at the point reached, and which rows of which batch are used for what.
+
+    A batch's index counts the batches of this rank; `share` knows all of them.
 
     Between two groups each graph holds, for every batch, the values that later nodes still read: at
     most a block's widest value and its residual. Nothing is stored beyond that.
@@ -38,13 +42,14 @@ class Lockstep:
         self.gm = gm
         self.reference = reference
         self.remedies = remedies
-        listed = check_batches(batches)
-        self.sizes = [batch_size(b) for b in listed]
-        self._quantized = BlockRunner(gm, listed)
-        self._floating = BlockRunner(reference, listed)
-        self._judges = torch.split(held_out_samples(sum(self.sizes), remedies.hold_out), self.sizes)
+        self.share = Share.of(batches)
+        mine, sizes = self.share.batches, self.share.sizes
+        self._quantized = BlockRunner(gm, mine)
+        self._floating = BlockRunner(reference, mine)
+        judges = torch.split(held_out_samples(self.share.samples, remedies.hold_out), sizes)
+        self._judges = self.share.of_mine(judges)
         sources = [g.source for g in groups]
-        self._tokens = [token_mask(gm, batch, sources) for batch in listed]
+        self._tokens = [token_mask(gm, batch, sources) for batch in mine]
 
     def advance(self, source: Node) -> None:
         """Run both graphs up to the value a group reads."""
@@ -56,7 +61,7 @@ class Lockstep:
         return find_node(self.reference, str(node.meta.get("replaces", node.name)))
 
     def values(self, node: Node) -> list[Tensor]:
-        """The quantized path's value of each batch, (samples, ...)."""
+        """The quantized path's value of each of this rank's batches, (samples, ...)."""
         return [env[node] for env in self._quantized.envs]
 
     def floating(self, node: Node, index: int) -> Tensor:
@@ -68,7 +73,7 @@ class Lockstep:
         """Floating-point value minus quantized value of one batch; `None` before they are known."""
         ours = self._quantized.envs[index].get(node)
         theirs = self._floating.envs[index].get(self.twin(node))
-        return None if ours is None or theirs is None else theirs - ours
+        return None if ours is None or theirs is None else wide(theirs) - wide(ours)
 
     def transform(self, origin: Node, rescale: Rescale) -> None:
         """Bring the quantized path's values made of `origin` up to date: x / scale - shift."""
@@ -116,7 +121,8 @@ class Lockstep:
         weight: the layer's, (o, ...). A layer with more inputs than outputs is summed over a fixed
         random part of the rows.
         """
-        batch = self.sizes[index]
+        number = self.share.numbers[index]
+        batch = self.share.sizes[number]
         x = self._quantized.envs[index][source]
         samples = None
         if layer.target is aten.linear.default:
@@ -131,8 +137,8 @@ class Lockstep:
         if mask is not None and len(mask) == count:
             keep = keep[mask.cpu()]
         inputs, outputs = weight.flatten(1).shape[1], len(weight)
-        share = -(-self.remedies.tokens_per_input * inputs // len(self.sizes))
+        share = -(-self.remedies.tokens_per_input * inputs // len(self.share.sizes))
         if inputs > outputs and share < len(keep):
-            generator = torch.Generator().manual_seed(index)
+            generator = torch.Generator().manual_seed(number)
             keep = keep[torch.randperm(len(keep), generator=generator)[:share].sort().values]
         return keep.to(x.device), self._judges[index][samples[keep]].to(x.device)
