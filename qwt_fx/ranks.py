@@ -96,14 +96,13 @@ class Ranks:
         """What `make` returns on the first rank, where alone it is called; tuples become lists."""
         if self.world == 1:
             return make()
-        with self._talking("the first rank"):
-            if self.first:
-                text, tensors = _pack(made := make())
-                self._broadcast(torch.tensor([len(text)]))
-                self._broadcast(_bytes_of(text))
-                for tensor in tensors:
-                    self._broadcast(_raw(tensor))
-                return made
+        if self.first:
+            text, tensors = _pack(made := make())
+            with self._talking("another rank"):
+                for data in (torch.tensor([len(text)]), _bytes_of(text), *map(_raw, tensors)):
+                    self._broadcast(data)
+            return made
+        with self._talking("rank 0"):
             length = torch.zeros(1, dtype=torch.int64)
             self._broadcast(length)
             header = torch.empty(int(length), dtype=torch.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,10 @@ from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_fe
 from qwt_fx.feature_store import FeatureStore
 from qwt_fx.measure import sqnr_db, tensors_of
 from qwt_fx.observe import observe
+from qwt_fx.precision import to_device
+from qwt_fx.ranks import Ranks
 from qwt_fx.recipes import recipe_for
+from qwt_fx.share import Share
 
 TOWERS = ("image", "text")
 
@@ -43,22 +46,24 @@ class QuantizedClip:
 def quantize_towers(
     model: ClipModel,
     graphs: dict[str, GraphModule],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, Tensor]] | Share,
     config: QuantConfig,
     towers: Sequence[str],
     screen: Screen,
 ) -> QuantizedClip:
     """Quantize the named towers, the image tower first; `batches` are (images, texts).
 
-    `graphs` are the captured towers; the others are taken as they are.
+    `graphs` are the captured towers; the others are taken as they are. The classifier is known on
+    the first rank alone.
     """
+    share = Share.of(batches)
     seconds: dict[str, float] = {}
     result = dict(graphs)
     classifier = FLOATING_CLASSIFIER
     for index, tower in enumerate(TOWERS):
         if tower not in towers:
             continue
-        inputs = [(batch[index].to(model.device),) for batch in batches]
+        inputs = share.map(partial(_input, index, model.device))
         prepared = api.prepare(graphs[tower], config)
         published = recipe_for(config).layers is None
         if tower == "image" and published:
@@ -74,20 +79,26 @@ def quantize_towers(
     return QuantizedClip(result, tuple(towers), classifier, seconds)
 
 
+def _input(index: int, device: str, batch: Sequence[Tensor]) -> tuple[Tensor]:
+    return (to_device(batch[index], device),)
+
+
 def _advance(update: Callable[[int, int], None], phase: str, done: int, total: int) -> None:
     update(done, total)
 
 
 def _observe_classifier(
     prepared: GraphModule,
-    inputs: Sequence[tuple[Tensor]],
+    inputs: Share,
     config: QuantConfig,
     seconds: dict[str, float],
 ) -> ClassifierQuantizer:
     """The range of the classifier's input, from the quantized tower's features of the first batch."""
+    if not inputs.ranks.first:
+        return FLOATING_CLASSIFIER
     begun = time.perf_counter()
     with torch.no_grad():
-        features = prepared(*inputs[0])
+        features = prepared(*inputs.batches[0])
     classifier = ClassifierQuantizer.observe(features, config)
     seconds["calibrate"] = seconds.get("calibrate", 0.0) + time.perf_counter() - begun
     return classifier
@@ -113,12 +124,15 @@ class Evaluation:
     tokens: Tensor
     device: str | torch.device
     store: FeatureStore = field(default_factory=FeatureStore)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def image(self, tower: nn.Module, screen: Screen, name: str) -> tuple[Tensor, Tensor]:
         """Image embeddings (n, e) and labels (n,)."""
         with screen.phase(f"{name}: images") as update:
             series = self.store.series(f"{name}-images")
-            features, folders = image_features(tower, self.batches, self.device, update, series)
+            features, folders = image_features(
+                tower, self.batches, self.device, update, series, self.ranks
+            )
         classes = [self.prompts.class_of(k) for k in range(self.prompts.folders)]
         return features, torch.tensor(classes)[folders]
 
@@ -127,7 +141,12 @@ class Evaluation:
         with screen.phase(f"{name}: prompts") as update:
             series = self.store.series(f"{name}-prompts")
             return text_features(
-                tower, self.tokens, device=self.device, progress=update, series=series
+                tower,
+                self.tokens,
+                device=self.device,
+                progress=update,
+                series=series,
+                ranks=self.ranks,
             )
 
     def quantized(self, result: QuantizedClip, reference: Features, screen: Screen) -> Features:
@@ -158,8 +177,13 @@ def metrics_of(
     towers: Sequence[str],
     classifier: ClassifierQuantizer,
 ) -> dict[str, Any]:
-    """The `metrics` entry of report.json; a side that was not evaluated stays `null`."""
+    """The `metrics` entry of report.json; a side that was not evaluated stays `null`.
+
+    Empty but on the first rank, which alone has all features.
+    """
     metrics: dict[str, Any] = {}
+    if not evaluation.ranks.first:
+        return metrics
     exact = None if reference is None else evaluation.classify(reference)
     if exact is not None:
         metrics["fp32"] = exact.to_dict()
@@ -175,19 +199,24 @@ def metrics_of(
 def calibration_sqnr(
     graphs: dict[str, GraphModule],
     result: QuantizedClip,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, Tensor]] | Share,
     device: str | torch.device,
 ) -> dict[str, float | None]:
-    """Embedding SQNR in dB of the quantized towers on the calibration samples."""
+    """Embedding SQNR in dB of the quantized towers on the calibration samples; on the first rank."""
+    share = Share.of(batches)
     found: dict[str, float | None] = dict.fromkeys(TOWERS)
     for index, tower in enumerate(TOWERS):
         if tower not in result.quantized:
             continue
-        exact, rounded = [], []
+        sides = (graphs[tower], result.towers[tower])
+
+        def embedded(at: int, index: int = index, sides: Any = sides) -> Iterator[Any]:
+            inputs = share.batches[at][index].to(device)
+            yield [tensors_of(side(inputs)) for side in sides]
+
         with torch.no_grad():
-            for batch in batches:
-                inputs = batch[index].to(device)
-                exact += tensors_of(graphs[tower](inputs))
-                rounded += tensors_of(result.towers[tower](inputs))
-        found[tower] = sqnr_db(torch.cat(exact), torch.cat(rounded))
+            both = list(share.in_order(embedded))
+        if share.ranks.first:
+            exact, rounded = (torch.cat([t for pair in both for t in pair[k]]) for k in range(2))
+            found[tower] = sqnr_db(exact, rounded)
     return found
