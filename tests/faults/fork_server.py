@@ -1,9 +1,9 @@
 """Runs `qwt-fx` many times without importing torch each time: one JSON request a line, one answer.
 
 Each request is a real process of its own, forked before any work: its own signal handlers, files and
-exit status; with "ranks": N it is N of them, as torchrun starts them. A request names the command's words and, optionally, at which call of which phase the
-process sends itself a signal, after how many seconds it gets one, how large a file it may write, or
-when it loses the right to write.
+exit status; with "ranks": N it is N of them, started as torchrun does. A request names the command's
+words and, optionally, at which call of which phase the process sends itself a signal, after how many
+seconds it gets one, how large a file it may write, or when it loses the right to write.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 import qwt_fx.artifact
 import qwt_fx.commands.inputs
@@ -107,10 +107,10 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
 
 def _run_ranks(request: dict[str, Any]) -> dict[str, Any]:
     """All ranks at once; "at" and "signal" are for the one that "rank" names."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": str(request["ranks"]), "MASTER_PORT": str(port)}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    # The store belongs to the launcher, and outlives the ranks.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"WORLD_SIZE": str(request["ranks"]), "MASTER_PORT": str(store.port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     running, codes = {}, [0] * request["ranks"]
     begun = time.monotonic()
     for rank in range(request["ranks"]):
