@@ -142,11 +142,11 @@ def choose_refit(
     nothing = torch.zeros(len(train.t), len(train.x), dtype=torch.float64, device=train.x.device)
     unchanged = judge.residual(None, train.bias(nothing))
     errors: dict[float, float] = {}
-    centred = train.centred()
+    centred = [train.centred()]
 
     def error(ridge: float) -> float:
         if ridge not in errors:
-            change = refit(centred, ridge)
+            change = refit(centred[0], ridge)
             errors[ridge] = (
                 math.inf if change is None else judge.residual(change, train.bias(change))
             )
@@ -159,4 +159,5 @@ def choose_refit(
             at += step
     if not error(ridges[at]) < unchanged:
         return None, None
+    centred.clear()  # a large Gram that the last refit does not need
     return refit((train + judge).centred(), ridges[at]), ridges[at]
