@@ -15,7 +15,7 @@ one value. With x the value on the quantized path, x_fp on the floating-point pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -130,7 +130,10 @@ def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> Fitt
                 f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of "
                 "squares overflow; check the weights and the calibration inputs"
             )
-        return vars(fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies))
+        found = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
+        # In the layer's own precision, in which it is kept: half of what would travel.
+        new_bias = None if found.bias is None else found.bias.to(weight.dtype)
+        return vars(replace(found, weight=found.weight.to(weight.dtype), bias=new_bias))
 
     fitted = FittedLayer(**walk.share.ranks.from_first(fit))
     set_layer(walk.gm, layer, fitted.weight.reshape(weight.shape), fitted.bias, fitted.qparams)
