@@ -65,7 +65,7 @@ test-min:
 	@$(call PYTEST,$(MIN)) $(FAST)
 
 bench: environment
-	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
+	@for script in $(filter-out benchmarks/common.py benchmarks/rivals.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(RUN) $(VENV)/bin/python "$$script" || exit 1; done
 
 environment:

@@ -16,6 +16,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from qwt_fx import ops
 from qwt_fx.errors import PreconditionError
 from qwt_fx.graph import add_tensor, graph_info
+from qwt_fx.graph_source import recompile
 from qwt_fx.qparams import dequantize_log_sqrt2
 
 aten = torch.ops.aten
@@ -136,4 +137,4 @@ def _write_out_log_sqrt2(gm: GraphModule) -> None:
                 new = call(aten.index.Tensor, (table, [index]))
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-    gm.recompile()
+    recompile(gm)

@@ -1,11 +1,12 @@
-"""Latency of ViT-B/32 with random weights: FP32 compile, x86, ONNX Runtime's own quantize_static.
+"""Latency of ViT-B/32 with random weights: FP32 compile, x86, our ONNX export, the runtimes' own int8.
 
-All sides of a tower and batch size run in one process, in interleaved rounds. ONNX Runtime is left
-out, and named so in the results, where it is not installed. A text tower whose graph takes any
-length is also timed on captions of 12 tokens.
+All sides of a tower and batch size run in one process, in interleaved rounds. ONNX Runtime's own
+quantize_static and, with nncf installed, OpenVINO with NNCF are the rivals; what is not installed is
+left out, and the results say so. A text tower whose graph takes any length is also timed on captions
+of 12 tokens.
 
 usage: python benchmarks/latency.py [--threads 2] [--towers image text] [--batch-sizes 1 16]
-    [--rounds 15] [--bits 8/8] [--samples 8] [--output latency]
+    [--rounds 15] [--bits 8/8] [--samples 8] [--compensations int8 qwt] [--output latency]
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,11 +21,14 @@ from typing import Any
 import open_clip
 import torch
 from common import machine, write_results
+from rivals import Run, export_floating, onnxruntime_static, openvino_nncf
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from qwt_fx import api
 from qwt_fx.backends.compiled import compile_graph
+from qwt_fx.backends.onnx_runtime import onnx_runtime_session
+from qwt_fx.backends.openvino_runtime import openvino_model
 from qwt_fx.clip import ImageTower, TextTower
 from qwt_fx.config import QuantConfig
 from qwt_fx.graph import graph_info
@@ -35,7 +38,10 @@ from qwt_fx.timing import interleaved
 
 START, END, CONTEXT, SHORT = 49406, 49407, 77, 12
 YARDSTICK = "fp32-compile"
-Run = Callable[[Tensor], Any]
+# The rivals' models take 77 tokens only.
+FULL_LENGTH = {
+    "onnxruntime quantize_static", "onnxruntime quantize_static, may overflow", "openvino nncf",
+}  # fmt: skip
 
 
 def build() -> dict[str, nn.Module]:
@@ -55,63 +61,69 @@ def inputs(tower: str, batch: int, length: int = CONTEXT, seed: int = 0) -> Tens
     return ids
 
 
-def quantize(tower: str, module: nn.Module, bits: str, samples: int) -> Any:
-    """The tower in integers, `best` with its default compensation."""
-    weight, activation = (int(b) for b in bits.split("/"))
-    batch = inputs(tower, samples, seed=1)
-    config = QuantConfig(w_bits=weight, a_bits=activation)
-    return api.quantize(
-        module, (batch[:2],), [batch[: samples // 2], batch[samples // 2 :]], config
-    )
+def quantize(tower: str, module: nn.Module, args: argparse.Namespace, compensation: str) -> Any:
+    """The tower in integers, recipe `best`."""
+    weight, activation = (int(b) for b in args.bits.split("/"))
+    half = args.samples // 2
+    batch = inputs(tower, 2 * half, seed=1)
+    config = QuantConfig(w_bits=weight, a_bits=activation, compensation=compensation)
+    return api.quantize(module, (batch[:2],), [batch[:half], batch[half:]], config)
 
 
-def quantize_static(tower: str, module: nn.Module, folder: Path, threads: int) -> Run:
-    """ONNX Runtime's own static quantization of the FP32 model: QDQ, per channel."""
-    import onnxruntime
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat
-    from onnxruntime.quantization import quantize_static as run_quantization
-
+def onnx_sides(
+    tower: str, module: nn.Module, quantized: Any, threads: int, folder: Path
+) -> dict[str, Run]:
+    """Our export and the rivals of each runtime that is installed."""
+    runs: dict[str, Run] = {}
+    if importlib.util.find_spec("onnxruntime") is None:
+        return runs
     example = inputs(tower, 2)
-    floating, quantized = folder / f"{tower}.onnx", folder / f"{tower}-int8.onnx"
-    torch.onnx.export(
-        module, (example,), str(floating), input_names=["x"], dynamo=True, external_data=False,
-        dynamic_shapes=({0: torch.export.Dim("n")},),
-    )  # fmt: skip
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter([inputs(tower, 1, seed=s) for s in range(4)])
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"x": batch.numpy()}
-
-    run_quantization(
-        str(floating), str(quantized), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-    )  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(quantized), options, ["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": x.numpy()})
+    floating, ours = folder / f"{tower}.onnx", folder / f"{tower}-ours.onnx"
+    export_floating(module, example, floating)
+    batches = [inputs(tower, 1, seed=s) for s in range(4)]
+    api.export(quantized, ours, (example,))
+    runs["onnxruntime, our export"] = onnx_runtime_session(ours, threads=threads)
+    for exact in (True, False):
+        name = f"onnxruntime quantize_static{'' if exact else ', may overflow'}"
+        runs[name] = onnxruntime_static(floating, batches, threads, exact=exact)
+    if importlib.util.find_spec("nncf") is not None:
+        signed = folder / f"{tower}-signed.onnx"
+        api.export(quantized, signed, (example,), pack="int8")
+        runs["openvino, our export"] = openvino_model(signed, threads=threads)
+        runs["openvino nncf"] = openvino_nncf(floating, batches, threads)
+    return runs
 
 
 def sides(tower: str, module: nn.Module, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What is timed, by name, and what is known of it."""
     begun = time.perf_counter()
-    quantized = quantize(tower, module, args.bits, args.samples)
+    quantized = quantize(tower, module, args, "auto")
     lowered = api.lower(quantized, "x86")
     kernels = api.kernel_audit(lowered)
-    example = inputs(tower, 2)
-    with torch.no_grad():
-        parity = sqnr_db(quantized(example), lowered(example))
     runs: dict[str, Run] = {YARDSTICK: compile_graph(module), "x86": compile_graph(lowered)}
-    if not args.no_onnxruntime and importlib.util.find_spec("onnxruntime") is not None:
-        runs["onnxruntime quantize_static"] = quantize_static(tower, module, folder, args.threads)
+    for kind in args.compensations:
+        other = quantize(tower, module, args, kind)
+        runs[f"x86, {kind}"] = compile_graph(api.lower(other, "x86"))
+    runs |= onnx_sides(tower, module, quantized, args.threads, folder)
+    example = inputs(tower, 2, seed=2)
+    with torch.no_grad():
+        exact, wanted = module(example), quantized(example)
+        quality = {
+            name: {
+                "against FP32": sqnr_db(exact, run(example)),
+                "against eager": sqnr_db(wanted, run(example)),
+            }
+            for name, run in runs.items()
+            if "onnx" in name or "openvino" in name
+        }
+        quality["x86"] = {
+            "against FP32": sqnr_db(exact, lowered(example)),
+            "against eager": sqnr_db(wanted, lowered(example)),
+        }
     return {
         "runs": runs,
         "any_length": graph_info(quantized).end_of_text is not None,
-        "sqnr_db_against_eager": parity,
+        "sqnr_db": quality,
         "integer_layers": sum(k.integer for k in kernels),
         "layers": len(kernels),
         "kernels": sorted({k.kernel for k in kernels if k.integer}),
@@ -151,7 +163,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--bits", default="8/8")
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--no-onnxruntime", action="store_true")
+    parser.add_argument(
+        "--compensations", nargs="*", default=[], help="also time x86 with these, slow to compile"
+    )
     parser.add_argument("--output", default="latency", help="results/OUTPUT.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -164,13 +178,13 @@ def main() -> None:
             for batch in args.batch_sizes:
                 rows += measure(tower, batch, CONTEXT, runs, args.rounds)
                 if tower == "text" and found["any_length"]:
-                    short = {k: v for k, v in runs.items() if "onnxruntime" not in k}
+                    short = {k: v for k, v in runs.items() if k not in FULL_LENGTH}
                     rows += measure(tower, batch, SHORT, short, args.rounds)
     document = {
         "machine": machine() | {"cpu": processor()},
         "bits": args.bits,
         "rounds": args.rounds,
-        "onnxruntime": importlib.util.find_spec("onnxruntime") is not None,
+        "installed": {n: importlib.util.find_spec(n) is not None for n in ("onnxruntime", "nncf")},
         "towers": known,
         "rows": rows,
     }

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from qwt_fx.constants import constant_value
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph import add_tensor, ancestors, argument, get_attr, is_constant
+from qwt_fx.graph_source import recompile
 from qwt_fx.rms_norm import fuse_rms_norms
 
 aten = torch.ops.aten
@@ -71,7 +72,7 @@ def canonicalize(gm: GraphModule) -> None:
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.graph.lint()
-    gm.recompile()
+    recompile(gm)
 
 
 def _erase(gm: GraphModule, node: Node, replacement: Node | None = None) -> None:

@@ -15,6 +15,7 @@ from qwt_fx.graph import has_graph_info, set_graph_info
 from qwt_fx.graph_document import NODE_OPS, SCHEMA, Document, parse_document
 from qwt_fx.graph_info_json import info_to_json
 from qwt_fx.graph_ops import NAMES
+from qwt_fx.graph_source import forget_source_with
 from qwt_fx.graph_tensors import describe_tensors, register
 from qwt_fx.structure import spec_to_json
 
@@ -92,6 +93,7 @@ def build(document: Document, tensors: Mapping[str, Tensor]) -> GraphModule:
         if value is None or value.dtype is not stored.dtype or value.shape != stored.shape:
             raise ArtifactError(f"tensors: {name} is missing or not as recorded")
     gm = GraphModule(nn.Module(), Graph())
+    forget_source_with(gm)
     register(gm, document.attributes, tensors)
     graph = Graph()
     nodes: dict[str, Node] = {}
@@ -107,6 +109,7 @@ def build(document: Document, tensors: Mapping[str, Tensor]) -> GraphModule:
     info = _PyTreeInfo(list(document.arguments), document.inputs, document.outputs)
     graph.set_codegen(_PyTreeCodeGen(info))
     gm.graph = graph
+    forget_source_with(gm)
     gm.graph.lint()
     if document.info is not None:
         set_graph_info(gm, document.info)

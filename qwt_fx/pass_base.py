@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from qwt_fx.errors import PassError, PreconditionError
 from qwt_fx.graph import graph_info
+from qwt_fx.graph_source import recompile
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def clean_up(gm: GraphModule) -> None:
     gm.delete_all_unused_submodules()
     _drop_unread_tensors(gm)
     gm.graph.lint()
-    gm.recompile()
+    recompile(gm)
 
 
 def _drop_unread_tensors(gm: GraphModule) -> None:

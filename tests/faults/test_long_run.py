@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import linecache
 import os
 from pathlib import Path
 
@@ -32,12 +31,6 @@ def handles() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def forget_sources() -> None:
-    """torch.fx keeps the source of every graph it ever compiled, for tracebacks: not ours to free."""
-    torch.fx.graph_module._loader.eval_cache.clear()
-    linecache.clearcache()
-
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc"),
@@ -54,7 +47,6 @@ def test_200_saves_and_loads_leave_nothing_behind(tower: GraphModule, tmp_path: 
             qwt_fx.save(q, tmp_path / "a")
             q = qwt_fx.load(tmp_path / "a")
             assert torch.equal(q(x), wanted)
-            forget_sources()
             if cycle == 20:  # caches are filled
                 before = (resident(), handles())
     assert resident() - before[0] < 20 * MEGABYTE

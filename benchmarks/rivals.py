@@ -1,0 +1,67 @@
+"""What other toolkits make of the same floating-point model: the sides a latency benchmark compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Run = Callable[[Tensor], Any]
+
+
+def export_floating(module: nn.Module, example: Tensor, path: Path) -> None:
+    """The FP32 model in ONNX, batch dynamic."""
+    torch.onnx.export(
+        module, (example,), str(path), input_names=["x"], dynamo=True, external_data=False,
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+    )  # fmt: skip
+
+
+def onnxruntime_static(
+    floating: Path, batches: Iterable[Tensor], threads: int, *, exact: bool
+) -> Run:
+    """ONNX Runtime's own static quantization: QDQ, per channel, linears and convolutions.
+
+    exact: on CPUs without VNNI compute from uint8 x uint8, as our export does; otherwise pairs of
+    products may overflow there, which is faster and wrong. With VNNI there is no difference.
+    """
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"x": batch.numpy()}
+
+    quantized = floating.with_name(f"{floating.stem}-int8.onnx")
+    if not quantized.exists():
+        quantize_static(
+            str(floating), str(quantized), Reader(), quant_format=QuantFormat.QDQ,
+            per_channel=True, op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+        )  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(str(quantized), options, ["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def openvino_nncf(floating: Path, batches: Iterable[Tensor], threads: int) -> Run:
+    """NNCF's own `quantize` for transformers, in OpenVINO."""
+    import nncf
+    import openvino
+
+    model = nncf.quantize(
+        openvino.Core().read_model(str(floating)),
+        nncf.Dataset([batch.numpy() for batch in batches]),
+        model_type=nncf.ModelType.TRANSFORMER,
+    )
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
