@@ -103,11 +103,11 @@ def _members(path: str, counts: ScanCounts) -> Iterator[tuple[str, int, tuple[in
     with file:
         total = os.fstat(file.fileno()).st_size
         offset, after = 0, "at its start"
-        for member in _plain_members(file):
-            _check_member(path, member, total)
-            offset = member.offset_data + _padded(member.size)
-            after = f"after member {member.name!r}"
-            yield member.name, member.offset_data, (member.offset_data, member.size)
+        for plain in _plain_members(file):
+            _check_member(path, plain, total)
+            offset = plain.offset_data + _padded(plain.size)
+            after = f"after member {plain.name!r}"
+            yield plain.name, plain.offset_data, (plain.offset_data, plain.size)
         file.seek(offset)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
