@@ -15,7 +15,7 @@ one value. With x the value on the quantized path, x_fp on the floating-point pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -163,10 +163,11 @@ def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> Fitt
                 f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of "
                 "squares overflow; check the weights and the calibration inputs"
             )
-        fitted = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
-        new_bias = None if fitted.bias is None else fitted.bias.to(weight.dtype)
-        shaped = fitted.weight.reshape(weight.shape).to(weight.dtype)
-        return vars(fitted) | {"weight": shaped, "bias": new_bias}
+        found = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
+        # In the layer's own shape and precision, as it is kept: half of what would travel.
+        new_bias = None if found.bias is None else found.bias.to(weight.dtype)
+        shaped = found.weight.reshape(weight.shape).to(weight.dtype)
+        return vars(replace(found, weight=shaped, bias=new_bias))
 
     return FittedLayer(**walk.share.ranks.from_first(fit))
 

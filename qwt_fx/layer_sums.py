@@ -48,7 +48,7 @@ def layer_sums(
         x = values[index]
         x_hat = x if quantizer is None else quantizer.fake_quantize(x)
         for at, layer in enumerate(layers):
-            weight, bias = (wide(v) for v in current[layer])
+            weight, bias = wide(current[layer][0]), wide(current[layer][1])
             keep, judged = walk.rows(group.source, layer, index, weight)
             rows = wide(rows_of(layer, weight, x_hat)[keep])
             if walk.remedies.fp_target:
@@ -69,7 +69,7 @@ def _floating_output(
     walk: Lockstep, source: Node, layer: Node, parameters: Parameters, index: int, keep: Tensor
 ) -> Tensor:
     """The floating-point path's output, (rows kept, outputs), with what the residual stream misses."""
-    weight, bias = (wide(v) for v in parameters)
+    weight, bias = wide(parameters[0]), wide(parameters[1])
     rows = wide(rows_of(layer, weight, walk.floating(source, index))[keep])
     wanted = F.linear(rows, weight.flatten(1), bias)
     residual = _residual(layer)

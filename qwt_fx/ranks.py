@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from qwt_fx.errors import ConfigError, RankError
 
@@ -65,16 +66,15 @@ class Ranks:
         items: for each of this rank's batches, in order, its messages. All ranks must call this, the
         others by exhausting the iterator.
         """
-        own = iter(items)
         if not self.first:
-            for item in own:
+            for item in items:
                 for message in list(item):  # computed while the first rank is at its own
                     self._send(0, [message])
                 self._send(0, [])
             self._send(0, None)
             return
         running = set(range(1, self.world))
-        while (item := next(own, None)) is not None:
+        for item in items:
             yield from item
             for source in sorted(running):
                 ended = yield from self._item_of(source)
@@ -84,7 +84,7 @@ class Ranks:
             ended = yield from self._item_of(source)
             assert ended  # rank 0 has at least as many batches as any other
 
-    def _item_of(self, source: int) -> Iterator[Message]:
+    def _item_of(self, source: int) -> Generator[Message, None, bool]:
         """The messages of a rank's next batch; returns whether it has none left."""
         while (message := self._receive(source)) is not None:
             if not message:
@@ -261,7 +261,7 @@ def join(device: str = "cpu") -> Ranks:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, rank, world = next(iter(dist.rendezvous("env://", *given, timeout=TIMEOUT)))
+        store, rank, world = next(iter(rendezvous("env://", *given, timeout=TIMEOUT)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise RankError(

@@ -176,4 +176,5 @@ def test_torchrun_starts_and_ends_it(
     before = stored(output)
     ended = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
     assert ended.returncode != 0
-    assert_nothing_written(output, before, ended.stderr.split("torch.distributed.elastic")[0])
+    assert stored(output) == before
+    assert ended.stderr.count("qwt-fx: error: rank") == 1  # the rest is torchrun's own
