@@ -127,6 +127,7 @@ def refit(centred: tuple[Tensor, Tensor], ridge: float) -> Tensor | None:
     damped = gram.clone()
     damped.diagonal().add_(ridge * mean)
     factor, info = torch.linalg.cholesky_ex(damped)
+    del damped  # as large as the Gram, and the solution takes a copy of its own
     if int(info):  # fewer tokens than channels and next to no ridge
         return None
     return torch.cholesky_solve(cross, factor).T
