@@ -34,7 +34,7 @@ from qwt_fx.layer_range import fit_range
 from qwt_fx.layer_sums import layer_sums
 from qwt_fx.lockstep import Lockstep
 from qwt_fx.norms import fake_quant_of, is_fake_quant
-from qwt_fx.observe import set_mode
+from qwt_fx.observe import observe_on_first, set_mode
 from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.qparams import LOG_SQRT2
 from qwt_fx.remedies import LayerRemedies
@@ -137,7 +137,8 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
 
 
 def _log_range(quantizer: FakeQuant, walk: Lockstep, source: Node) -> tuple[Tensor, Tensor | None]:
-    quantizer.observe(walk.values(source)[0])
+    first = walk.values(source)[0]
+    observe_on_first(walk.share.ranks, [quantizer], lambda: quantizer.observe(first))
     assert quantizer.scale is not None  # just observed
     return quantizer.scale, quantizer.zero_point
 
@@ -152,19 +153,23 @@ def _fits(
 
 
 def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> FittedLayer:
-    if not all(part.finite for part in sums):
-        raise DataError(
-            f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of squares "
-            "overflow; check the weights and the calibration inputs"
-        )
     weight, bias = weight_and_bias(walk.gm, layer)
     module = weight_quantizer(walk.gm, layer)
     spec = None if module is None else module.spec
-    fitted = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
-    new_bias = None if fitted.bias is None else fitted.bias.to(weight.dtype)
-    return replace(
-        fitted, weight=fitted.weight.reshape(weight.shape).to(weight.dtype), bias=new_bias
-    )
+
+    def fit() -> dict[str, Any]:
+        if not all(part.finite for part in sums):
+            raise DataError(
+                f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of "
+                "squares overflow; check the weights and the calibration inputs"
+            )
+        found = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
+        # In the layer's own shape and precision, as it is kept: half of what would travel.
+        new_bias = None if found.bias is None else found.bias.to(weight.dtype)
+        shaped = found.weight.reshape(weight.shape).to(weight.dtype)
+        return vars(replace(found, weight=shaped, bias=new_bias))
+
+    return FittedLayer(**walk.share.ranks.from_first(fit))
 
 
 def _round_alone(walk: Lockstep, layer: Node) -> Iterator[Change]:

@@ -28,8 +28,11 @@ from qwt_fx.hold_out import held_out_samples
 from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.runner import BlockRunner, Subgraph, batch_size, check_batches, start
+from qwt_fx.precision import wide
+from qwt_fx.regression import Fit
+from qwt_fx.runner import BlockRunner, Subgraph, start
 from qwt_fx.sample_ids import sample_ids
+from qwt_fx.share import Share
 from qwt_fx.token_map import token_masks
 from qwt_fx.value_store import ValueStore
 
@@ -85,7 +88,7 @@ class InsertCompensation(Pass):
             )
         if not 0.0 <= self.hold_out < 0.5:
             raise ConfigError(f"InsertCompensation.hold_out: got {self.hold_out}, wanted [0, 0.5)")
-        check_batches(self.batches)
+        Share.of(self.batches)
 
     def requires(self, gm: GraphModule) -> None:
         """The graphs must hold the same blocks, and every quantizer must be ready."""
@@ -111,8 +114,7 @@ class InsertCompensation(Pass):
         if not info.blocks:
             yield Skip("graph", "no transformer block was found")
             return
-        samples = sum(batch_size(b) for b in check_batches(self.batches))
-        if self.hold_out > 0.0 and samples < 2:
+        if self.hold_out > 0.0 and Share.of(self.batches).samples < 2:
             yield Skip("graph", "one calibration sample: none can be held out")
             return
         with torch.no_grad():
@@ -135,12 +137,13 @@ class _Walk:
         self.reference = compensation.reference
         self.kind = parse_compensation(compensation.kind)
         self.compensator: Compensator = compensator(self.kind, compensation.half)
-        self.batches = check_batches(compensation.batches)
-        self.sizes = [batch_size(b) for b in self.batches]
+        self.share = Share.of(compensation.batches)
+        self.batches = self.share.batches
+        self.sizes = self.share.of_mine(self.share.sizes)
         self.quantized = BlockRunner(gm, self.batches, compensation.store)
         self.floating = BlockRunner(self.reference, self.batches, compensation.store)
-        held_out = held_out_samples(sum(self.sizes), compensation.hold_out)
-        self.judges = torch.split(held_out, self.sizes)
+        held_out = held_out_samples(self.share.samples, compensation.hold_out)
+        self.judges = self.share.of_mine(torch.split(held_out, self.share.sizes))
         # Block by block: compensating a block renames the next one's input.
         boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
         proofs = token_masks(gm, self.batches, boundary) if compensation.token_masks else []
@@ -203,20 +206,28 @@ class _Walk:
         envs = self.quantized.envs
         width, outputs = envs[0][site.regressor].shape[-1], envs[0][site.result].shape[-1]
         device = envs[0][site.result].device
-        train, judge = (self.compensator.empty(width, outputs, device) for _ in range(2))
+        both = [self.compensator.empty(width, outputs, device) for _ in range(2)]
         targets = self._targets(site, original)
-        for env, target, (fits, judges) in zip(envs, targets, rows, strict=True):
+
+        def parts(index: int) -> Iterator[tuple[int, list[Tensor]]]:
+            env, target = envs[index], next(targets)
             x = site.regressor_value(env[site.regressor]).reshape(-1, width)
-            error = (target - env[site.result]).reshape(-1, outputs)
+            error = (wide(target) - wide(env[site.result])).reshape(-1, outputs)
             if not bool(torch.isfinite(x).all() and torch.isfinite(error).all()):
                 raise DataError(
                     f"{site.name}: NaN or infinite values in this block's input or output; check the "
                     "weights and the calibration inputs"
                 )
-            for sums, chosen in ((train, fits), (judge, judges)):
+            for which, chosen in enumerate(rows[index]):  # those that fit, those that judge
                 if bool(chosen.any()):
-                    sums.add(x[chosen], error[chosen])
-        return self.compensator.fit(train, judge if self.settings.hold_out > 0.0 else None)
+                    yield which, both[which].part(x[chosen], error[chosen])
+
+        for which, part in self.share.in_order(parts):
+            both[which].merge(part)
+        train, judge = both
+        held_out = judge if self.settings.hold_out > 0.0 else None
+        fitted = self.share.ranks.from_first(lambda: vars(self.compensator.fit(train, held_out)))
+        return (AffineFit if self.kind.name == "affine" else Fit)(**fitted)
 
     def _targets(self, site: Site, original: Block) -> Iterator[Tensor]:
         """What the block's output should be, batch by batch."""

@@ -18,8 +18,9 @@ from qwt_fx.layer_groups import LayerGroup, find_groups, weight_quantizer
 from qwt_fx.norms import fake_quant_of
 from qwt_fx.observe import fake_quant_nodes, observe
 from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.runner import as_inputs, check_batches
+from qwt_fx.runner import as_inputs
 from qwt_fx.sensitivity import Sensitivity, measure_sensitivity
+from qwt_fx.share import Share
 
 BITS = 8
 
@@ -60,27 +61,34 @@ class RaiseSensitiveLayers(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
-        first = tuple(
-            x[: self.samples] if isinstance(x, torch.Tensor) else x
-            for x in as_inputs(check_batches(self.batches)[0])
-        )
-
-        def measure() -> tuple[Sensitivity, ...]:
-            # Ranges per channel: what both recipes make of the channels later comes close to that.
-            trial = observe(copy.deepcopy(gm), [first])
-            return tuple(measure_sensitivity(trial, first))
-
-        measured = self.journal.once("sensitivities", measure)
-        self.journal.commit()
+        share = Share.of(self.batches)
         groups = {tuple(layer_name(n) for n in g.layers): g for g in find_groups(gm) if g.layers}
-        total = sum(s.weights * s.weight_bits for s in measured if s.weight_bits is not None) / 8
-        for sensitivity, cost in choose(measured, self.budget * total):
-            _raise(gm, groups[sensitivity.layers])
+        chosen = self.journal.once(
+            "sensitive layers",
+            lambda: share.ranks.from_first(lambda: self._chosen(gm, share.batches[0])),
+        )
+        self.journal.commit()
+        for layers, error, cost in chosen:
+            _raise(gm, groups[tuple(layers)])
             yield Change(
-                ", ".join(sensitivity.layers),
-                f"{BITS} bits: {sensitivity.error:.3g} of the output's energy lost before, "
+                ", ".join(layers),
+                f"{BITS} bits: {error:.3g} of the output's energy lost before, "
                 f"{cost:.0f} bytes more",
             )
+
+    def _chosen(
+        self, gm: GraphModule, batch: Any
+    ) -> tuple[tuple[tuple[str, ...], float, float], ...]:
+        """The groups to raise: their layers, the error they cause, the bytes they cost."""
+        first = tuple(
+            x[: self.samples] if isinstance(x, torch.Tensor) else x for x in as_inputs(batch)
+        )
+        # Ranges per channel: what both recipes make of the channels later comes close to that.
+        trial = observe(copy.deepcopy(gm), [first])
+        measured = measure_sensitivity(trial, first)
+        total = sum(s.weights * s.weight_bits for s in measured if s.weight_bits is not None) / 8
+        chosen = choose(measured, self.budget * total)
+        return tuple((s.layers, s.error, cost) for s, cost in chosen)
 
 
 def choose(measured: Sequence[Sensitivity], budget: float) -> list[tuple[Sensitivity, float]]:

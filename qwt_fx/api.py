@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,7 @@ from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
 from qwt_fx.recipes import recipe_for
 from qwt_fx.report import build_report
-from qwt_fx.runner import check_batches
+from qwt_fx.share import Share
 from qwt_fx.value_store import ValueStore, value_store
 
 __all__ = [
@@ -128,7 +128,8 @@ def calibrate(
 
     Args:
         prepared: what `prepare` returned.
-        batches: a list (or re-iterable) of tuples of tensors, or of tensors for one-input models.
+        batches: a list (or re-iterable) of tuples of tensors, or of tensors for one-input models; or,
+            where several processes calibrate one model together, each one's `qwt_fx.share.Share`.
         seconds: gets the time of each phase, in seconds, added under "calibrate",
             "reparameterize" and "compensate".
         progress: called as progress(phase, done, total).
@@ -143,14 +144,14 @@ def calibrate(
     the message names the parameter or the layer.
     """
     check_parameters(prepared)
-    listed = check_batches(batches)
+    share = Share.of(batches)
     if not fake_quant_nodes(prepared):
         return prepared
     with (
         value_store(memory_budget) as store,
-        calibration_journal(checkpoint, prepared, listed) as journal,
+        calibration_journal(checkpoint, prepared, share) as journal,
     ):
-        _calibrate(prepared, listed, _Keeping(journal, store), seconds, progress)
+        _calibrate(prepared, share, _Keeping(journal, store), seconds, progress)
     return prepared
 
 
@@ -164,7 +165,7 @@ class _Keeping:
 
 def _calibrate(
     prepared: GraphModule,
-    listed: Sequence[Any],
+    share: Share,
     keeping: _Keeping,
     seconds: Seconds | None,
     progress: Progress | None,
@@ -172,15 +173,15 @@ def _calibrate(
     config = config_of(prepared)
     recipe = recipe_for(config)
     if config.attention == "auto" and config.bits_for("").activation is not None:
-        ChooseSoftmaxQuantizer(listed)(prepared)
+        ChooseSoftmaxQuantizer(share)(prepared)
     if config.exceptions > 0.0:
-        RaiseSensitiveLayers(listed, config.exceptions, journal=keeping.journal)(prepared)
+        RaiseSensitiveLayers(share, config.exceptions, journal=keeping.journal)(prepared)
     floating = _floating_twin(prepared)
     if recipe.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
         QuantizeEmbeddings()(prepared)
     if recipe.layers is None:
         with _timed(seconds, "calibrate"):
-            observe(prepared, listed, keeping.journal)
+            observe(prepared, share, keeping.journal)
         with _timed(seconds, "reparameterize"):
             PassManager((ReparameterizeLayerNorm(), FoldChannelWise()))(prepared)
         # The reparameterized blocks without quantizers, as the published code takes them: the same
@@ -189,16 +190,16 @@ def _calibrate(
     else:
         with _timed(seconds, "reparameterize"):
             if recipe.constant_tokens:
-                FixConstantTokens(listed)(prepared)
+                FixConstantTokens(share)(prepared)
         with _timed(seconds, "calibrate"):
             CalibrateLayers(
-                floating, listed, recipe.layers, _phase(progress, "calibrate"), **vars(keeping)
+                floating, share, recipe.layers, _phase(progress, "calibrate"), **vars(keeping)
             )(prepared)
     with _timed(seconds, "compensate"):
         if recipe.compensation != "none":
             InsertCompensation(
                 floating,
-                listed,
+                share,
                 kind=recipe.compensation,
                 target=recipe.target,
                 hold_out=config.hold_out if recipe.held_out else 0.0,
@@ -208,7 +209,8 @@ def _calibrate(
                 **vars(keeping),
             )(prepared)
     with _timed(seconds, "calibrate"):
-        measure_layers(prepared, listed[0])
+        if share.ranks.first:  # which holds batch 0
+            measure_layers(prepared, share.batches[0])
 
 
 def _phase(progress: Progress | None, phase: str) -> Callable[[int, int], None] | None:

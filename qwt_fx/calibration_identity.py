@@ -14,33 +14,43 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from qwt_fx.errors import ConfigError
 from qwt_fx.graph import graph_info
 from qwt_fx.journal import NO_JOURNAL, Journal, StoredJournal
 from qwt_fx.json_values import plain
 from qwt_fx.runner import as_inputs
+from qwt_fx.share import Share
 from qwt_fx.version import __version__
 
 
 @contextmanager
 def calibration_journal(
-    checkpoint: str | PathLike[str] | Journal | None, prepared: GraphModule, batches: Sequence[Any]
+    checkpoint: str | PathLike[str] | Journal | None, prepared: GraphModule, share: Share
 ) -> Iterator[Journal]:
-    """The journal that `qwt_fx.calibrate` was given, or the one in a folder, removed on success."""
+    """The journal that `qwt_fx.calibrate` was given, or the one in a folder, removed on success.
+
+    Raises `ConfigError` for a folder where several processes calibrate together.
+    """
     if checkpoint is None or isinstance(checkpoint, Journal):
         yield checkpoint or NO_JOURNAL
         return
-    journal = StoredJournal.open(Path(checkpoint), calibration_identity(prepared, batches))
+    if share.ranks.world > 1:
+        raise ConfigError(
+            f"checkpoint {checkpoint}: got {share.ranks.world} processes, wanted one: a calibration "
+            "that several processes share keeps no checkpoints yet; leave checkpoint out"
+        )
+    journal = StoredJournal.open(Path(checkpoint), calibration_identity(prepared, share))
     for note in journal.notes:
         warnings.warn(note, stacklevel=4)  # the caller of calibrate
     yield journal
     journal.remove()
 
 
-def calibration_identity(prepared: GraphModule, batches: Sequence[Any]) -> dict[str, Any]:
+def calibration_identity(prepared: GraphModule, share: Share) -> dict[str, Any]:
     """Versions, device, each setting, and digests of the graph, its tensors and the batches.
 
-    prepared: what `qwt_fx.prepare` returned, not calibrated yet. The number of threads is left out: it
-    changes the last bits of sums, but no result is wrong for it.
+    prepared: what `qwt_fx.prepare` returned, not calibrated yet; share: that of the only process. The
+    number of threads is left out: it changes the last bits of sums, but no result is wrong for it.
     """
     settings = plain(graph_info(prepared).config, "config")
     device = next((str(v.device) for v in prepared.state_dict().values()), "cpu")
@@ -50,7 +60,7 @@ def calibration_identity(prepared: GraphModule, batches: Sequence[Any]) -> dict[
         "device": device,
         **{f"setting {name}": value for name, value in settings.items()},
         "model": _model_digest(prepared),
-        "calibration data": _batches_digest(batches),
+        "calibration data": _batches_digest(share.batches),
     }
 
 

@@ -9,6 +9,7 @@ order of the batches.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,17 +41,34 @@ class LayerSums:
 
         return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(inputs), zeros(outputs))
 
+    @staticmethod
+    def parts(x: Tensor, t: Tensor) -> Iterator[list[Tensor]]:
+        """What tokens x (n, d), t (n, o), float32, add: chunk by chunk the fields, in their order."""
+        for part, target in zip(torch.split(x, CHUNK), torch.split(t, CHUNK), strict=True):
+            if len(part):
+                yield [
+                    part.T @ part,
+                    part.T @ target,
+                    part.sum(dim=0, dtype=torch.float64),
+                    target.sum(dim=0, dtype=torch.float64),
+                    target.square().sum(dtype=torch.float64),
+                    torch.tensor(len(part)),
+                ]
+
+    def merge(self, part: Sequence[Tensor]) -> None:
+        """Add what `parts` yielded for a chunk."""
+        gram, cross, x, t, square, count = part
+        self.gram += gram
+        self.cross += cross
+        self.x += x
+        self.t += t
+        self.square += float(square)
+        self.count += int(count)
+
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add tokens: x (n, d), t (n, o), float32."""
-        for part, target in zip(torch.split(x, CHUNK), torch.split(t, CHUNK), strict=True):
-            if not len(part):
-                continue
-            self.gram += part.T @ part
-            self.cross += part.T @ target
-            self.x += part.sum(dim=0, dtype=torch.float64)
-            self.t += target.sum(dim=0, dtype=torch.float64)
-            self.square += float(target.square().sum(dtype=torch.float64))
-            self.count += len(part)
+        for part in self.parts(x, t):
+            self.merge(part)
 
     def __add__(self, other: LayerSums) -> LayerSums:
         return LayerSums(

@@ -72,21 +72,40 @@ class Histogram:
         self.square = torch.zeros_like(self.total)
         self.rows = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Count rows (n, channels) of any float dtype."""
+    @staticmethod
+    def part(rows: Tensor) -> list[Tensor]:
+        """What rows (n, channels) of any float dtype add: counts, low, high, total, square, rows."""
         if not len(rows):
-            return
+            return []
         x = rows.float()
-        channels = len(self.counts)
+        channels = x.shape[1]
         offsets = torch.arange(channels, dtype=torch.int32, device=x.device) * BINS
         index = bin_of(x).add_(offsets)
         flat = torch.bincount(index.flatten(), minlength=channels * BINS)
-        self.counts += flat.reshape(channels, BINS)
-        self.low = torch.minimum(self.low, x.amin(dim=0))
-        self.high = torch.maximum(self.high, x.amax(dim=0))
-        self.total += x.sum(dim=0, dtype=torch.float64)
-        self.square += x.square().sum(dim=0, dtype=torch.float64)
-        self.rows += len(x)
+        return [
+            flat.reshape(channels, BINS).to(torch.int32),  # travels between processes
+            x.amin(dim=0),
+            x.amax(dim=0),
+            x.sum(dim=0, dtype=torch.float64),
+            x.square().sum(dim=0, dtype=torch.float64),
+            torch.tensor(len(x)),
+        ]
+
+    def merge(self, part: Sequence[Tensor]) -> None:
+        """Add what `part` returned for some rows."""
+        if not part:
+            return
+        counts, low, high, total, square, rows = part
+        self.counts += counts
+        self.low = torch.minimum(self.low, low)
+        self.high = torch.maximum(self.high, high)
+        self.total += total
+        self.square += square
+        self.rows += int(rows)
+
+    def add(self, rows: Tensor) -> None:
+        """Count rows (n, channels) of any float dtype."""
+        self.merge(self.part(rows))
 
     @property
     def mean(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,14 @@ class KeptBatches(Sequence[tuple[Tensor, Tensor]]):
     def __init__(self, store: ValueStore) -> None:
         self._store = store
         self._batches: list[tuple[Kept, ...]] = []
+
+    @classmethod
+    def of(cls, batches: Iterable[tuple[Tensor, Tensor]], store: ValueStore) -> KeptBatches:
+        """Some batches, kept."""
+        kept = cls(store)
+        for batch in batches:
+            kept.append(batch)
+        return kept
 
     def append(self, batch: tuple[Tensor, Tensor]) -> None:
         """Keep one more batch."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +112,11 @@ def _search(
 ) -> Range:
     importance = _importance(walk, group, len(histogram().total))
     moved = () if rescale is None else (rescale.scale, rescale.shift)
-    return search_range(gather_mass(histogram().entries(), importance, *moved), spec)
+
+    def search() -> dict[str, Any]:
+        return vars(search_range(gather_mass(histogram().entries(), importance, *moved), spec))
+
+    return Range(**walk.share.ranks.from_first(search))
 
 
 def _search_apart(
@@ -123,7 +128,12 @@ def _search_apart(
         return None
     channels = walk.values(group.source)[0].shape[-1] if _per_channel(group) else 1
     importance = _importance(walk, group, channels)
-    return token_scale, search_range(_mass_apart(walk, group, token_scale, importance), spec)
+    histograms = _histograms_apart(walk, group, token_scale, channels)
+
+    def search() -> dict[str, Any]:
+        return vars(search_range(_mass_apart(histograms, importance), spec))
+
+    return token_scale, Range(**walk.share.ranks.from_first(search))
 
 
 def _per_channel(group: LayerGroup) -> bool:
@@ -132,11 +142,14 @@ def _per_channel(group: LayerGroup) -> bool:
 
 
 def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
+    """The values of all batches on the first rank, of none on the others."""
     source = group.source
     per_channel = _per_channel(group)
     values = walk.values(source)
     histogram = Histogram(values[0].shape[-1] if per_channel else 1, values[0].device)
-    for index, x in enumerate(values):
+
+    def parts(index: int) -> Iterator[list[Tensor]]:
+        x = values[index]
         if not bool(torch.isfinite(x).all()):
             raise DataError(
                 f"{name}: NaN or infinite values in the tensor to quantize; "
@@ -151,7 +164,10 @@ def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
         flat = x.reshape(-1, x.shape[-1])
         mask = walk.mask(source, index, behind_end=walk.remedies.mask_ranges)
         flat = flat if mask is None else flat[mask]
-        histogram.add(flat if per_channel else flat.reshape(-1, 1))
+        yield Histogram.part(flat if per_channel else flat.reshape(-1, 1))
+
+    for part in walk.share.in_order(parts):
+        histogram.merge(part)
     return histogram
 
 
@@ -221,7 +237,12 @@ def _choose(
     modules = [weight_quantizer(walk.gm, n) for n in group.layers]
     bits = min((m.spec.bits for m in modules if m is not None), default=None)
     weights = _weights(walk, group)
-    return choose_rescale(histogram(), weights, spec, bits, strengths, shifts=shifts)
+    known = histogram()  # every rank has a part in it
+
+    def choose() -> dict[str, Any]:
+        return vars(choose_rescale(known, weights, spec, bits, strengths, shifts=shifts))
+
+    return Rescale(**walk.share.ranks.from_first(choose))
 
 
 def _value_map(walk: Lockstep, group: LayerGroup) -> ValueMap | None:
@@ -247,28 +268,53 @@ def _token_scale(walk: Lockstep, group: LayerGroup) -> Tensor | None:
     batch = batch_axis(group.source)
     if values[0].dim() != 3 or batch not in (0, 1):
         return None
-    largest = torch.stack([v.abs().amax(dim=(batch, 2)) for v in values]).amax(dim=0)
-    if walk.first_is_constant:
+    found = list(walk.share.in_order(lambda index: [values[index].abs().amax(dim=(batch, 2))]))
+    factor: Tensor | None = walk.share.ranks.from_first(
+        lambda: _factors(torch.stack(found).amax(dim=0), walk.first_is_constant)
+    )
+    if factor is None:
+        return None
+    return factor[:, None] if batch == 0 else factor[:, None, None]
+
+
+def _factors(largest: Tensor, first_is_constant: bool) -> Tensor | None:
+    """The power of two for each position, (length,), from the largest value there."""
+    if first_is_constant:
         largest[0] = largest.median()
     ratio = largest / largest.median().clamp_min(torch.finfo(torch.float32).tiny)
     apart = ratio >= _APART
     if not bool(apart.any()) or int(apart.sum()) > max(1, len(ratio) // 8):
         return None
-    factor = torch.where(apart, ratio.log2().ceil(), 0.0).exp2()
-    return factor[:, None] if batch == 0 else factor[:, None, None]
+    return torch.where(apart, ratio.log2().ceil(), 0.0).exp2()
 
 
-def _mass_apart(walk: Lockstep, group: LayerGroup, token_scale: Tensor, importance: Tensor) -> Mass:
-    """The values with every position divided by its scale, which multiplies its error again."""
-    parts = []
-    for factor in sorted(set(token_scale.flatten().tolist())):
-        histogram = Histogram(len(importance), importance.device)
-        chosen = token_scale.flatten() == factor
-        if walk.first_is_constant:
-            chosen[0] = False
-        for x in walk.values(group.source):
+def _histograms_apart(
+    walk: Lockstep, group: LayerGroup, token_scale: Tensor, channels: int
+) -> dict[float, Histogram]:
+    """The values with every position divided by its scale, by scale; on the first rank."""
+    values = walk.values(group.source)
+    factors = sorted(set(token_scale.flatten().tolist()))
+    found = {factor: Histogram(channels, token_scale.device) for factor in factors}
+
+    def parts(index: int) -> Iterator[tuple[float, list[Tensor]]]:
+        for factor in factors:
+            chosen = token_scale.flatten() == factor
+            if walk.first_is_constant:
+                chosen[0] = False
+            x = values[index]
             picked = x[:, chosen] if token_scale.dim() == 2 else x[chosen]
-            histogram.add(picked.reshape(-1, len(importance)) / factor)
-        parts.append(gather_mass(histogram.entries(), importance * factor**2))
+            yield factor, Histogram.part(picked.reshape(-1, channels) / factor)
+
+    for factor, part in walk.share.in_order(parts):
+        found[factor].merge(part)
+    return found
+
+
+def _mass_apart(histograms: dict[float, Histogram], importance: Tensor) -> Mass:
+    """All values together; a position's scale multiplies its error again."""
+    parts = [
+        gather_mass(histogram.entries(), importance * factor**2)
+        for factor, histogram in histograms.items()
+    ]
     joined = (torch.cat([getattr(p, f) for p in parts]) for f in ("value", "half", "weight"))
     return Mass(*joined)

@@ -13,10 +13,12 @@ from qwt_fx.graph import find_node, graph_info
 from qwt_fx.hold_out import held_out_samples
 from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.layer_groups import LayerGroup, rows_of
+from qwt_fx.precision import wide
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale_search import Rescale
-from qwt_fx.runner import BlockRunner, EachBatch, batch_size, check_batches
+from qwt_fx.runner import BlockRunner, EachBatch
 from qwt_fx.sample_ids import sample_ids
+from qwt_fx.share import Share
 from qwt_fx.token_map import token_masks
 from qwt_fx.value_store import ValueStore
 
@@ -25,6 +27,8 @@ aten = torch.ops.aten
 
 class Lockstep:
     """Both graphs at the point reached, and which rows of which batch are used for what.
+
+    A batch's index counts the batches of this rank; `share` knows all of them.
 
     Between two groups each graph holds, for every batch, the values that later nodes still read: at
     most a block's widest value and its residual. Nothing is stored beyond that. `store` keeps them; the
@@ -45,14 +49,15 @@ class Lockstep:
         self.reference = reference
         self.remedies = remedies
         self.journal = journal
-        listed = check_batches(batches)
-        self.sizes = [batch_size(b) for b in listed]
+        self.share = Share.of(batches)
+        mine, sizes = self.share.batches, self.share.sizes
         store = store or ValueStore()
-        self._quantized = BlockRunner(gm, listed, store)
-        self._floating = BlockRunner(reference, listed, store)
-        self._judges = torch.split(held_out_samples(sum(self.sizes), remedies.hold_out), self.sizes)
+        self._quantized = BlockRunner(gm, mine, store)
+        self._floating = BlockRunner(reference, mine, store)
+        judges = torch.split(held_out_samples(self.share.samples, remedies.hold_out), sizes)
+        self._judges = self.share.of_mine(judges)
         sources = [g.source for g in groups]
-        self._tokens = token_masks(gm, listed, sources)
+        self._tokens = token_masks(gm, mine, sources)
 
     def release(self) -> None:
         """Drop everything that is held: the walk is over."""
@@ -69,7 +74,7 @@ class Lockstep:
         return find_node(self.reference, str(node.meta.get("replaces", node.name)))
 
     def values(self, node: Node) -> Sequence[Tensor]:
-        """The quantized path's value of each batch, (samples, ...)."""
+        """The quantized path's value of each of this rank's batches, (samples, ...)."""
         return EachBatch(self._quantized.envs, node)
 
     def floating(self, node: Node, index: int) -> Tensor:
@@ -81,7 +86,7 @@ class Lockstep:
         """Floating-point value minus quantized value of one batch; `None` before they are known."""
         ours = self._quantized.envs[index].get(node)
         theirs = self._floating.envs[index].get(self.twin(node))
-        return None if ours is None or theirs is None else theirs - ours
+        return None if ours is None or theirs is None else wide(theirs) - wide(ours)
 
     def transform(self, origin: Node, rescale: Rescale) -> None:
         """Bring the quantized path's values made of `origin` up to date: x / scale - shift."""
@@ -129,7 +134,8 @@ class Lockstep:
         weight: the layer's, (o, ...). A layer with more inputs than outputs is summed over a fixed
         random part of the rows.
         """
-        batch = self.sizes[index]
+        number = self.share.numbers[index]
+        batch = self.share.sizes[number]
         x = self._quantized.envs[index][source]
         samples = None
         if layer.target is aten.linear.default:
@@ -144,8 +150,8 @@ class Lockstep:
         if mask is not None and len(mask) == count:
             keep = keep[mask.cpu()]
         inputs, outputs = weight.flatten(1).shape[1], len(weight)
-        share = -(-self.remedies.tokens_per_input * inputs // len(self.sizes))
+        share = -(-self.remedies.tokens_per_input * inputs // len(self.share.sizes))
         if inputs > outputs and share < len(keep):
-            generator = torch.Generator().manual_seed(index)
+            generator = torch.Generator().manual_seed(number)
             keep = keep[torch.randperm(len(keep), generator=generator)[:share].sort().values]
         return keep.to(x.device), self._judges[index][samples[keep]].to(x.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,7 +25,10 @@ from qwt_fx.graph import layer_name, weight_layers
 from qwt_fx.kept_batches import KeptBatches
 from qwt_fx.measure import sqnr_db, tensors_of
 from qwt_fx.observe import observe
+from qwt_fx.precision import to_device
+from qwt_fx.ranks import Ranks
 from qwt_fx.recipes import recipe_for
+from qwt_fx.share import Share
 from qwt_fx.value_store import ValueStore
 
 TOWERS = ("image", "text")
@@ -47,7 +50,7 @@ class QuantizedClip:
 def quantize_towers(
     model: ClipModel,
     graphs: dict[str, GraphModule],
-    batches: Sequence[tuple[Tensor, ...]],
+    batches: Sequence[tuple[Tensor, Tensor]] | Share,
     config: QuantConfig,
     towers: Sequence[str],
     screen: Screen,
@@ -56,10 +59,11 @@ def quantize_towers(
 ) -> QuantizedClip:
     """Quantize the named towers, the image tower first; `batches` are (images, texts).
 
-    `graphs` are the captured towers; the others are taken as they are. `checkpoints` keep what is
-    found on the way, `store` the activations. `seconds` of a resumed run are its own and those of the
-    towers it found finished.
+    `graphs` are the captured towers; the others are taken as they are. The classifier is known on
+    the first rank alone. `checkpoints` keep what is found on the way, `store` the activations. `seconds`
+    of a resumed run are its own and those of the towers it found finished.
     """
+    share = Share.of(batches)
     kept = checkpoints or TowerCheckpoints()
     seconds: dict[str, float] = {}
     result = dict(graphs)
@@ -67,7 +71,7 @@ def quantize_towers(
     for index, tower in enumerate(TOWERS):
         if tower not in towers:
             continue
-        inputs = _inputs(batches, index, model.device)
+        inputs = _inputs(share, index, model.device)
         done = _quantize_tower(
             tower, graphs[tower], inputs, config_of_tower(config, graphs, tower), screen, kept,
             store or ValueStore(),
@@ -94,19 +98,17 @@ def config_of_tower(
     return config.replace(overrides=kept)
 
 
-def _inputs(
-    batches: Sequence[tuple[Tensor, ...]], index: int, device: str | torch.device
-) -> Sequence[tuple[Tensor]]:
+def _inputs(share: Share, index: int, device: str | torch.device) -> Share:
     """What one tower reads of each batch."""
-    if isinstance(batches, KeptBatches):
-        return batches.column(index, device)
-    return [(batch[index].to(device),) for batch in batches]
+    if isinstance(share.batches, KeptBatches):
+        return Share(share.batches.column(index, device), share.sizes, share.ranks)
+    return share.map(lambda batch: (to_device(batch[index], device),))
 
 
 def _quantize_tower(
     tower: str,
     graph: GraphModule,
-    inputs: Sequence[tuple[Tensor]],
+    inputs: Share,
     config: QuantConfig,
     screen: Screen,
     checkpoints: TowerCheckpoints,
@@ -115,7 +117,7 @@ def _quantize_tower(
     """One tower, quantized now or by the run that was cut off."""
     seconds: dict[str, float] = {}
     prepared = api.prepare(graph, config)
-    checkpoint = checkpoints.open(tower, prepared, inputs, inputs[0][0].device)
+    checkpoint = checkpoints.open(tower, prepared, inputs, inputs.batches[0][0].device)
     for note in checkpoint.notes:
         screen.note(note)
     if checkpoint.finished is not None:
@@ -146,14 +148,16 @@ def _advance(update: Callable[[int, int], None], phase: str, done: int, total: i
 
 def _observe_classifier(
     prepared: GraphModule,
-    inputs: Sequence[tuple[Tensor]],
+    inputs: Share,
     config: QuantConfig,
     seconds: dict[str, float],
 ) -> ClassifierQuantizer:
     """The range of the classifier's input, from the quantized tower's features of the first batch."""
+    if not inputs.ranks.first:
+        return FLOATING_CLASSIFIER
     begun = time.perf_counter()
     with torch.no_grad():
-        features = prepared(*inputs[0])
+        features = prepared(*inputs.batches[0])
     classifier = ClassifierQuantizer.observe(features, config)
     seconds["calibrate"] = seconds.get("calibrate", 0.0) + time.perf_counter() - begun
     return classifier
@@ -179,12 +183,15 @@ class Evaluation:
     tokens: Tensor
     device: str | torch.device
     store: FeatureStore = field(default_factory=FeatureStore)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def image(self, tower: nn.Module, screen: Screen, name: str) -> tuple[Tensor, Tensor]:
         """Image embeddings (n, e) and labels (n,)."""
         with screen.phase(f"{name}: images") as update:
             series = self.store.series(f"{name}-images")
-            features, folders = image_features(tower, self.batches, self.device, update, series)
+            features, folders = image_features(
+                tower, self.batches, self.device, update, series, self.ranks
+            )
         classes = [self.prompts.class_of(k) for k in range(self.prompts.folders)]
         return features, torch.tensor(classes)[folders]
 
@@ -193,7 +200,12 @@ class Evaluation:
         with screen.phase(f"{name}: prompts") as update:
             series = self.store.series(f"{name}-prompts")
             return text_features(
-                tower, self.tokens, device=self.device, progress=update, series=series
+                tower,
+                self.tokens,
+                device=self.device,
+                progress=update,
+                series=series,
+                ranks=self.ranks,
             )
 
     def quantized(self, result: QuantizedClip, reference: Features, screen: Screen) -> Features:
@@ -224,8 +236,13 @@ def metrics_of(
     towers: Sequence[str],
     classifier: ClassifierQuantizer,
 ) -> dict[str, Any]:
-    """The `metrics` entry of report.json; a side that was not evaluated stays `null`."""
+    """The `metrics` entry of report.json; a side that was not evaluated stays `null`.
+
+    Empty but on the first rank, which alone has all features.
+    """
     metrics: dict[str, Any] = {}
+    if not evaluation.ranks.first:
+        return metrics
     exact = None if reference is None else evaluation.classify(reference)
     if exact is not None:
         metrics["fp32"] = exact.to_dict()
@@ -241,18 +258,24 @@ def metrics_of(
 def calibration_sqnr(
     graphs: dict[str, GraphModule],
     result: QuantizedClip,
-    batches: Sequence[tuple[Tensor, ...]],
+    batches: Sequence[tuple[Tensor, Tensor]] | Share,
     device: str | torch.device,
 ) -> dict[str, float | None]:
-    """Embedding SQNR in dB of the quantized towers on the calibration samples."""
+    """Embedding SQNR in dB of the quantized towers on the calibration samples; on the first rank."""
+    share = Share.of(batches)
     found: dict[str, float | None] = dict.fromkeys(TOWERS)
     for index, tower in enumerate(TOWERS):
         if tower not in result.quantized:
             continue
-        exact, rounded = [], []
+        sides, inputs = (graphs[tower], result.towers[tower]), _inputs(share, index, device)
+
+        def embedded(at: int, inputs: Share = inputs, sides: Any = sides) -> Iterator[Any]:
+            (batch,) = inputs.batches[at]
+            yield [tensors_of(side(batch)) for side in sides]
+
         with torch.no_grad():
-            for inputs in _inputs(batches, index, device):
-                exact += tensors_of(graphs[tower](*inputs))
-                rounded += tensors_of(result.towers[tower](*inputs))
-        found[tower] = sqnr_db(torch.cat(exact), torch.cat(rounded))
+            both = list(share.in_order(embedded))
+        if share.ranks.first:
+            exact, rounded = (torch.cat([t for pair in both for t in pair[k]]) for k in range(2))
+            found[tower] = sqnr_db(exact, rounded)
     return found

@@ -9,7 +9,6 @@ Towers are calibrated one after another, so at most one journal and the towers b
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from qwt_fx.errors import ArtifactError, OutputError
 from qwt_fx.graph import graph_info
 from qwt_fx.journal import NO_JOURNAL, Journal, StoredJournal
 from qwt_fx.output import sync
+from qwt_fx.share import Share
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,15 @@ class TowerCheckpoints:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
-    def open(
-        self, name: str, prepared: GraphModule, batches: Sequence[Any], device: Any
-    ) -> TowerCheckpoint:
+    def open(self, name: str, prepared: GraphModule, share: Share, device: Any) -> TowerCheckpoint:
         """The checkpoint of one tower.
 
-        prepared, batches: what will be calibrated on what. Raises what `StoredJournal.open` raises.
+        prepared, share: what will be calibrated on what; several processes that calibrate together
+        keep nothing. Raises what `StoredJournal.open` raises.
         """
-        if self.folder is None:
+        if self.folder is None or share.ranks.world > 1:
             return TowerCheckpoint()
-        identity = calibration_identity(prepared, batches)
+        identity = calibration_identity(prepared, share)
         return _Stored(self.folder, name, identity, str(device))
 
     @property
