@@ -128,6 +128,12 @@ def _run(words: list[str]) -> int:
             raise
         _say(str(error))
         return EXIT_CHECK if isinstance(error, CheckFailed) else EXIT_INPUT
+    except torch.OutOfMemoryError as error:
+        if "--debug" in words:
+            raise
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        _say(f"out of memory on the device: {reason}; use a smaller --batch-size or --device cpu")
+        return EXIT_INPUT
     except OSError as error:
         # A file named by the user that the system refuses: too long a name, a disk that fails.
         if error.filename is None or "--debug" in words:

@@ -34,7 +34,7 @@ def embed(tower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     size = len(inputs)
     while True:
         try:
-            return torch.cat([tower(part) for part in inputs.split(size)])
+            return torch.cat([tower(part) for part in torch.split(inputs, size)])
         except torch.OutOfMemoryError as error:
             reason = _first_line(error)
         # Outside the handler: the traceback held on to the failed call's tensors.
@@ -48,15 +48,14 @@ def with_smaller_batches(
 
     Raises `DataError` when batches of one sample are too much.
     """
-    size = max(len(batch[0]) for batch in batches)
-    device = batches[0][0].device
-    tried = batches
+    tried, size = batches, 0
     while True:
         try:
             return run(tried)
         except torch.OutOfMemoryError as error:
             reason = _first_line(error)
-        size = _halved(size, reason, device)
+        largest = size or max(len(batch[0]) for batch in batches)
+        size = _halved(largest, reason, batches[0][0].device)
         log.warning(
             "calibration begins anew with batches of %d; what only the first batch decides sees "
             "fewer samples",
@@ -66,7 +65,7 @@ def with_smaller_batches(
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:
-    return list(zip(*(tensor.split(size) for tensor in batch), strict=True))
+    return list(zip(*(torch.split(tensor, size) for tensor in batch), strict=True))
 
 
 def _halved(size: int, reason: str, device: torch.device) -> int:

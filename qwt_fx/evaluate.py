@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer, class_weights
+from qwt_fx.device_memory import embed
 from qwt_fx.errors import DataError
 from qwt_fx.feature_store import Series
 from qwt_fx.imagefolder import ImageFolderData
@@ -105,7 +106,7 @@ def image_features(
 
     def embedded() -> Iterator[list[tuple[Tensor, Tensor]]]:
         for images, labels in _from(batches, len(kept) + ranks.rank, ranks.world):
-            yield [(finite_features(tower(to_device(images, device)), "image"), labels)]
+            yield [(finite_features(embed(tower, to_device(images, device)), "image"), labels)]
 
     with torch.no_grad():
         for features, labels in ranks.in_order(embedded()):
@@ -149,7 +150,7 @@ def text_features(
     def embedded() -> Iterator[list[Tensor]]:
         for begin in begins:
             chunk = trim(tower, tokens[begin : begin + batch_size].to(device))
-            yield [finite_features(tower(chunk), "text")]
+            yield [finite_features(embed(tower, chunk), "text")]
 
     with torch.no_grad():
         for features in ranks.in_order(embedded()):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwt_fx.device_memory import embed
 from qwt_fx.errors import DataError
 from qwt_fx.evaluate import Progress, embedding_sqnr, finite_features, text_features
 from qwt_fx.feature_store import Series
@@ -147,7 +148,9 @@ def _embed(
     for name, towers in models.items():
         image, text = towers["image"], towers["text"]
         if id(image) not in done:
-            done[id(image)] = finite_features(image(to_device(batch.images, device)), "image")
+            done[id(image)] = finite_features(
+                embed(image, to_device(batch.images, device)), "image"
+            )
         if id(text) not in done:
             done[id(text)] = text_features(text, batch.tokens, device=device)
         # A copy: files do not hold one tensor under two names.

@@ -12,12 +12,15 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.fx import GraphModule
 
 import qwt_fx
+from qwt_fx import api
 from qwt_fx.cli import main
 from qwt_fx.demo.assets import write_files
 
@@ -326,3 +329,39 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         main([command, "--help"])
     assert stopped.value.code == 0
     assert "example" in capsys.readouterr().out
+
+
+def _small_device(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Calibration that fits `most` samples of a batch; returns the sizes that were tried."""
+    calibrate, tried = api.calibrate, []
+
+    def limited(prepared: GraphModule, batches: Any, **options: Any) -> GraphModule:
+        tried.append(max(batches.sizes))
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return calibrate(prepared, batches, **options)
+
+    monkeypatch.setattr(api, "calibrate", limited)
+    return tried
+
+
+def test_a_device_out_of_memory_gets_smaller_batches_said_aloud(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = _small_device(monkeypatch, most=4)
+    output = tmp_path / "out"
+    assert main(_quantize(demo, output, "--batch-size", "16")) == 0
+    assert (output / "report.json").exists()
+    assert tried[:3] == [16, 8, 4]
+    assert "begins anew with batches of 4" in caplog.text
+
+
+def test_a_device_that_holds_no_sample_is_one_line(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _small_device(monkeypatch, most=0)
+    assert main(_quantize(demo, tmp_path / "out")) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1
+    assert "with a single sample" in error[0] and "--device cpu" in error[0]
+    assert not (tmp_path / "out").exists()

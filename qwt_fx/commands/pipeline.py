@@ -19,6 +19,7 @@ from qwt_fx.clip import ClipModel
 from qwt_fx.commands.screen import Screen
 from qwt_fx.commands.tower_checkpoints import FinishedTower, TowerCheckpoints
 from qwt_fx.config import QuantConfig
+from qwt_fx.device_memory import with_smaller_batches
 from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_features, zero_shot
 from qwt_fx.feature_store import FeatureStore
 from qwt_fx.graph import layer_name, weight_layers
@@ -72,10 +73,10 @@ def quantize_towers(
         if tower not in towers:
             continue
         inputs = _inputs(share, index, model.device)
-        done = _quantize_tower(
-            tower, graphs[tower], inputs, config_of_tower(config, graphs, tower), screen, kept,
-            store or ValueStore(),
-        )  # fmt: skip
+        of_tower = config_of_tower(config, graphs, tower)
+        done = _within_memory(
+            inputs, of_tower, kept, tower, graphs[tower], screen, store or ValueStore()
+        )
         result[tower], classifier = done.graph, done.classifier or classifier
         for phase, spent in done.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
@@ -105,13 +106,30 @@ def _inputs(share: Share, index: int, device: str | torch.device) -> Share:
     return share.map(lambda batch: (to_device(batch[index], device),))
 
 
+def _within_memory(
+    inputs: Share, config: QuantConfig, checkpoints: TowerCheckpoints, *rest: Any
+) -> FinishedTower:
+    """One tower, with smaller batches where the device has too little memory for these."""
+    if inputs.ranks.world > 1 or config.compat == "original":
+        # Ranks hold batches of known sizes, and the original's figures belong to its batches.
+        return _quantize_tower(inputs, config, checkpoints, *rest)
+
+    def run(tried: Sequence[tuple[Tensor, ...]]) -> FinishedTower:
+        if tried is inputs.batches:
+            return _quantize_tower(inputs, config, checkpoints, *rest)
+        # A checkpoint belongs to its batches: these would not be found again.
+        return _quantize_tower(Share.of(tried), config, TowerCheckpoints(), *rest)
+
+    return with_smaller_batches(inputs.batches, run)
+
+
 def _quantize_tower(
-    tower: str,
-    graph: GraphModule,
     inputs: Share,
     config: QuantConfig,
-    screen: Screen,
     checkpoints: TowerCheckpoints,
+    tower: str,
+    graph: GraphModule,
+    screen: Screen,
     store: ValueStore,
 ) -> FinishedTower:
     """One tower, quantized now or by the run that was cut off."""
