@@ -29,13 +29,13 @@ from qwt_fx.backends.int8_gemm import (
     LONGEST_SUM,
     TRITON,
 )
-from qwt_fx.graph import LINEAR, add_tensor, argument, is_call, tensor_of
+from qwt_fx.backends.row_products import why_no_row_product
+from qwt_fx.graph import LINEAR, add_tensor, is_call, tensor_of
 from qwt_fx.integer_layers import IntegerLayer, IntegerWeight
 
 aten = torch.ops.aten
 LAYERS = "int8_layers"  # meta of an int8_linear node: the names of the layers it computes
 _SHIFT = 128
-_CONV2D = frozenset({aten.conv2d.default, aten.conv2d.padding})
 
 
 @dataclass(frozen=True)
@@ -80,30 +80,9 @@ def stack(weights: Sequence[PackedWeight]) -> PackedWeight:
 
 def why_not(layer: IntegerLayer) -> str | None:
     """Why a layer stays in floating point; `None` when it need not."""
-    node = layer.node
-    if layer.input.token_scale is not None and (node.target is not LINEAR or layer.input.moved_by):
-        return "positions with scales of their own are moved before the product"
     if layer.weight.codes[0].numel() > LONGEST_SUM:
         return f"more than {LONGEST_SUM} products to a sum may leave int32"
-    if node.target is LINEAR:
-        return None
-    if node.target not in _CONV2D:
-        return "a convolution other than conv2d"
-    patch = list(layer.weight.codes.shape[2:])
-    stride, padding = _pair(argument(node, 3, "stride", 1)), argument(node, 4, "padding", 0)
-    dilation, groups = _pair(argument(node, 5, "dilation", 1)), argument(node, 6, "groups", 1)
-    if stride != patch or dilation != [1, 1] or groups != 1 or not _no_padding(padding):
-        return "a convolution whose windows overlap, leave gaps, are padded or grouped"
-    return None
-
-
-def _pair(value: Any) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return [int(v) for v in (values * 2 if len(values) == 1 else values)]
-
-
-def _no_padding(value: Any) -> bool:
-    return value == "valid" if isinstance(value, str) else _pair(value) == [0, 0]
+    return why_no_row_product(layer)
 
 
 @dataclass

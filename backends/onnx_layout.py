@@ -26,7 +26,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from qwt_fx import torch_ao
 from qwt_fx.attention import decompose_attention, why_not_decomposable
-from qwt_fx.graph import SDPA, add_tensor, argument
+from qwt_fx.backends.row_products import why_no_row_product
+from qwt_fx.graph import SDPA, add_tensor
 from qwt_fx.integer_layers import FloatLayer, IntegerLayer, IntegerWeight, layers_to_lower
 from qwt_fx.pass_base import clean_up
 
@@ -84,7 +85,7 @@ def lay_out(
     for layer in list(layers_to_lower(gm)):
         if isinstance(layer, FloatLayer):
             layout.reasons[layer.name] = layer.reason
-        elif (reason := _why_not_a_matmul(layer)) is not None:
+        elif (reason := why_no_row_product(layer)) is not None:
             layout.reasons[layer.name] = reason
         else:
             layout.reasons[layer.name] = None
@@ -99,32 +100,6 @@ def _record_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> None:
     inputs = [mode.from_tensor(x) for x in example_inputs]
     with torch.no_grad():
         FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
-
-
-def _why_not_a_matmul(layer: IntegerLayer) -> str | None:
-    if layer.node.target is aten.linear.default:
-        if layer.input.token_scale is not None and layer.input.moved_by:
-            return "its positions are moved between their scales and the product"
-        return None
-    kernel = list(layer.weight.codes.shape[2:])
-    if layer.node.target is not aten.conv2d.default:
-        return "a convolution that is not a plain conv2d"
-    stride, padding, dilation, groups = (
-        argument(layer.node, index, name, default)
-        for index, name, default in (
-            (3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1),
-        )
-    )  # fmt: skip
-    if _pair(stride) != kernel or _pair(padding) != [0, 0] or _pair(dilation) != [1, 1]:
-        return "a convolution whose patches overlap, are padded or dilated"
-    if groups != 1 or layer.input.token_scale is not None:
-        return "a convolution in groups"
-    return None
-
-
-def _pair(value: Any) -> list[int]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return values * 2 if len(values) == 1 else values
 
 
 def _rewrite(layout: Layout, layer: IntegerLayer, storage: Storage) -> None:

@@ -21,14 +21,14 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.backends import saturation
 from qwt_fx.backends.packed_weight import PackedWeight
+from qwt_fx.backends.row_products import why_no_row_product
 from qwt_fx.backends.saturation import QLINEAR
-from qwt_fx.graph import LINEAR, add_module, add_tensor, argument, tensor_of
+from qwt_fx.graph import LINEAR, add_module, add_tensor, tensor_of
 from qwt_fx.integer_layers import IntegerLayer, IntegerWeight
 
 aten = torch.ops.aten
 QLINEAR_ADD = torch.ops.onednn.qlinear_pointwise.binary
 PARTS = "x86_parts"  # meta: how many products compute the layer this node belongs to
-_CONV2D = frozenset({aten.conv2d.default, aten.conv2d.padding})
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # what the kernel writes beside integers
 _SHIFT = 128
 _PLAIN: tuple[Any, ...] = ("none", [], "")
@@ -36,28 +36,10 @@ _PLAIN: tuple[Any, ...] = ("none", [], "")
 
 def why_not(layer: IntegerLayer) -> str | None:
     """Why a layer stays in floating point; `None` when it need not."""
-    node, found = layer.node, layer.input
+    found = layer.input
     if found.codes.args[5] is not torch.uint8 or found.quant_min < 0:
         return "its input is not quantized to uint8"
-    if found.token_scale is not None and (node.target is not LINEAR or found.moved_by):
-        return "positions with scales of their own are moved before the product"
-    if node.target is LINEAR:
-        return None
-    if node.target not in _CONV2D:
-        return "a convolution other than conv2d"
-    patch = list(layer.weight.codes.shape[2:])
-    padding = argument(node, 4, "padding", 0)
-    unpadded = padding == "valid" if isinstance(padding, str) else _pair(padding) == [0, 0]
-    stride, dilation = argument(node, 3, "stride", 1), argument(node, 5, "dilation", 1)
-    groups = argument(node, 6, "groups", 1)
-    if _pair(stride) != patch or _pair(dilation) != [1, 1] or groups != 1 or not unpadded:
-        return "a convolution whose windows overlap, leave gaps, are padded or grouped"
-    return None
-
-
-def _pair(value: Any) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return [int(v) for v in (values * 2 if len(values) == 1 else values)]
+    return why_no_row_product(layer)
 
 
 @dataclass(frozen=True)

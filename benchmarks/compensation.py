@@ -147,20 +147,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
     parser.add_argument("--variant", default="hard")
+    parser.add_argument("--work", type=Path, help="keep the rendered images there")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    given = {k: v for k, v in vars(args).items() if k != "work"}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        demo = open_demo(Path(folder), args.variant, args.images)
+        demo = open_demo(args.work or Path(folder), args.variant, args.images)
         fp32 = demo.evaluation.classify(demo.reference).acc1
         for bits in args.bits:
             for recipe in RECIPES:
                 rows += measure(demo, recipe, bits, args.seed)
                 print(tabulate(rows, headers="keys", floatfmt=".2f"), flush=True)
-    write_results(
-        "compensation", vars(args) | {"fp32_acc1": fp32, "machine": machine(), "rows": rows}
-    )
+    write_results("compensation", given | {"fp32_acc1": fp32, "machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from types import FrameType
 
 import torch
 
-from qwt_fx.commands import bench, demo, evaluate, export, inspect, quantize
+from qwt_fx.commands import bench, demo, evaluate, export, inspect, quantize, sensitivity
 from qwt_fx.commands.config_file import config_arguments
 from qwt_fx.errors import CheckFailed, QwtError
 from qwt_fx.version import __version__
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qwt-fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, quantize, evaluate, export, bench, inspect):
+    for module in (demo, quantize, evaluate, export, bench, inspect, sensitivity):
         module.add_parser(commands)
     return parser
 

@@ -245,6 +245,10 @@ class QuantConfig:
         """Globs that match none of these layer names."""
         return [g for g in self.overrides if not any(fnmatch.fnmatchcase(n, g) for n in layers)]
 
+    def overridden(self, layer: str) -> bool:
+        """Whether an override names the layer with this name."""
+        return any(fnmatch.fnmatchcase(layer, glob) for glob in self.overrides)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -7,7 +7,7 @@ uncorrelated, so the whole model's error is about their sum, and 4 times less fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,18 @@ def measure_sensitivity(gm: GraphModule, batch: Any) -> list[Sensitivity]:
         if isinstance(module, FakeQuant):
             module.mode = Mode.OFF
     with torch.no_grad():
-        return _Measurement(gm, batch).run()
+        probe = OutputProbe(gm, batch)
+        return [_sensitivity(probe, group) for group in probe.groups()]
 
 
-class _Measurement:
+class OutputProbe:
+    """Walks a graph once; at each node asked for, runs the rest of it with some values changed.
+
+    Attributes:
+        gm: a graph; its quantizers do what they are switched to.
+        exact: the outputs without a change, tensors in order.
+    """
+
     def __init__(self, gm: GraphModule, batch: Any) -> None:
         self.gm = gm
         self.nodes = [n for n in gm.graph.nodes if n.op != "get_attr"]
@@ -73,47 +81,36 @@ class _Measurement:
         for index, node in enumerate(self.nodes):
             for read in node.all_input_nodes:
                 self.last_use[read] = index
-        self.groups = {g.quantizer or g.layers[0]: g for g in find_groups(gm) if g.layers}
+        self._at = 0
         self.exact = tensors_of(self._from(0, dict(self.env), {}))
 
-    def run(self) -> list[Sensitivity]:
-        """Walk the floating-point graph; at each group, run the rest with one operand quantized."""
-        found = []
+    def walk(self) -> Iterator[Node]:
+        """Every node before it runs; `value` and `outputs` are then about this point."""
         for index, node in enumerate(self.nodes):
-            if node in self.groups:
-                found.append(self._group(index, self.groups[node]))
+            self._at = index
+            yield node
             if node.op not in ("placeholder", "output"):
                 self.env[node] = execute(self.gm, node, self.env)
                 self._drop(self.env, index)
-        return found
 
-    def _group(self, index: int, group: LayerGroup) -> Sensitivity:
-        module = None if group.quantizer is None else fake_quant_of(self.gm, group.quantizer)
-        input_error = None
-        if module is not None and group.quantizer is not None:
-            quantized = module.fake_quantize(self.env[group.source])
-            input_error = self._error(index, {group.quantizer: quantized})
-        weights, count, bits = {}, 0, []
-        for layer in group.layers:
-            weight, _ = weight_and_bias(self.gm, layer)
-            count += weight.numel()
-            quantizer = weight_quantizer(self.gm, layer)
-            if quantizer is not None:
-                operand = layer.args[1]
-                assert isinstance(operand, Node)  # weight_quantizer found it
-                weights[operand] = quantizer.fake_quantize(weight)
-                bits.append(quantizer.spec.bits)
-        return Sensitivity(
-            layers=tuple(layer_name(n) for n in group.layers),
-            input_error=input_error,
-            weight_error=self._error(index, weights) if weights else None,
-            input_bits=None if module is None else module.spec.bits,
-            weight_bits=min(bits, default=None),
-            weights=count,
-        )
+    def groups(self) -> Iterator[LayerGroup]:
+        """Every group of layers in graph order, before its value is quantized."""
+        groups = {g.quantizer or g.layers[0]: g for g in find_groups(self.gm) if g.layers}
+        for node in self.walk():
+            if node in groups:
+                yield groups[node]
 
-    def _error(self, index: int, changed: Mapping[Node, Tensor]) -> float:
-        outputs = tensors_of(self._from(index, dict(self.env), changed))
+    def value(self, node: Node) -> Tensor:
+        """A value known at this point."""
+        value: Tensor = self.env[node]
+        return value
+
+    def outputs(self, changed: Mapping[Node, Tensor]) -> list[Tensor]:
+        """The model's outputs when these nodes, not run yet, have these values."""
+        return tensors_of(self._from(self._at, dict(self.env), changed))
+
+    def error(self, outputs: Sequence[Tensor]) -> float:
+        """Squared error of outputs, relative to the energy of the exact ones."""
         noise = sum(
             float((a - b).square().sum(dtype=torch.float64))
             for a, b in zip(self.exact, outputs, strict=True)
@@ -137,3 +134,35 @@ class _Measurement:
         for read in self.nodes[index].all_input_nodes:
             if self.last_use[read] == index and read not in (keep or {}):
                 env.pop(read, None)
+
+
+def weight_operand(layer: Node) -> Node:
+    """The node of a layer's weight: its quantizer where it has one."""
+    operand = layer.args[1]
+    assert isinstance(operand, Node)  # find_groups checked that it is a parameter's
+    return operand
+
+
+def _sensitivity(probe: OutputProbe, group: LayerGroup) -> Sensitivity:
+    gm = probe.gm
+    module = None if group.quantizer is None else fake_quant_of(gm, group.quantizer)
+    input_error = None
+    if module is not None and group.quantizer is not None:
+        quantized = module.fake_quantize(probe.value(group.source))
+        input_error = probe.error(probe.outputs({group.quantizer: quantized}))
+    weights, count, bits = {}, 0, []
+    for layer in group.layers:
+        weight, _ = weight_and_bias(gm, layer)
+        count += weight.numel()
+        quantizer = weight_quantizer(gm, layer)
+        if quantizer is not None:
+            weights[weight_operand(layer)] = quantizer.fake_quantize(weight)
+            bits.append(quantizer.spec.bits)
+    return Sensitivity(
+        layers=tuple(layer_name(n) for n in group.layers),
+        input_error=input_error,
+        weight_error=probe.error(probe.outputs(weights)) if weights else None,
+        input_bits=None if module is None else module.spec.bits,
+        weight_bits=min(bits, default=None),
+        weights=count,
+    )

@@ -1,4 +1,4 @@
-"""`qwt-fx inspect`: every block, layer and skip of an artifact or a model."""
+"""`qwt-fx inspect`: every block, layer and skip of an artifact or a model, the worst layer first."""
 
 from __future__ import annotations
 
@@ -6,34 +6,37 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torch.fx import GraphModule
-
-from qwt_fx.artifact import read_artifact
 from qwt_fx.commands.arguments import (
     add_calibration,
     add_common,
     add_model,
     add_quant,
-    quant_config,
 )
-from qwt_fx.commands.inputs import load_batches, load_model
-from qwt_fx.commands.pipeline import TOWERS, capture_towers, quantize_towers
-from qwt_fx.commands.screen import Screen, decibels
+from qwt_fx.commands.inspect_data import Subject, gather, open_subject
+from qwt_fx.commands.screen import Screen
 from qwt_fx.errors import ConfigError
-from qwt_fx.quantizers import qparams
-from qwt_fx.report import block_rows, layer_rows, skip_rows
+from qwt_fx.output import write_text_atomic
+from qwt_fx.page.data import STAGES, PageData, TowerData
+from qwt_fx.page.document import render
+from qwt_fx.page.tables import LAYER_HEADERS, layer_cells
 
 EXAMPLE = """\
-example:
+examples:
   qwt-fx inspect --artifact vit-b-32-w6a6
+  qwt-fx inspect --artifact vit-b-32-w6a6 --model ViT-B-32 --pretrained openai \\
+      --train-data 'cc3m-train-{0000..0575}.tar' --html vit-b-32-w6a6.html
 """
+_WRAPPED = (
+    "layer", "bits", "input\nscale, zero", "weight\nscale, zero", "clipped\n(%)", "SQNR\n(dB)",
+    "contri-\nbuted (%)", "kernel", "note",
+)  # fmt: skip
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the program."""
     parser = commands.add_parser(
         "inspect",
-        help="list blocks, layers and skips",
+        help="list blocks, layers and skips, the worst layer first",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,65 +45,73 @@ def add_parser(commands: Any) -> None:
     add_model(parser)
     add_calibration(parser)
     add_quant(parser)
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page here")
+    parser.add_argument(
+        "--no-stages",
+        action="store_true",
+        help="leave out of the page what has to be quantized anew: blocks before reparameterization, "
+        "after RepQ, after QwT",
+    )
+    parser.add_argument(
+        "--graph-order", action="store_true", help="layers in the order they run, not by error"
+    )
     add_common(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if args.artifact is None and args.model is None:
+        raise ConfigError("--artifact DIR or --model is needed")
+    if args.html is not None and Path(args.html).is_dir():
+        raise ConfigError(f"--html {args.html}: it is a folder; name a file in it")
     screen = Screen(args.quiet)
-    for tower, gm in _graphs(args, screen).items():
-        _show(screen, tower, gm)
+    subject = open_subject(args, screen)
+    page = gather(args, subject, screen)
+    for tower in page.towers:
+        _show(screen, tower, _rows(subject, tower, args.graph_order))
+    if args.html is not None:
+        write_text_atomic(Path(args.html), render(page))
+        _tell(screen, args.html, page)
 
 
-def _graphs(args: argparse.Namespace, screen: Screen) -> dict[str, GraphModule]:
-    """An artifact's towers; or a model's, quantized when calibration data is given."""
-    if args.artifact is not None:
-        if args.model is not None:
-            raise ConfigError("--artifact and --model: inspect takes one of them")
-        return dict(read_artifact(Path(args.artifact)).towers)
-    model = load_model(args)
-    graphs = capture_towers(model, {})
-    if args.train_data is None:
-        return graphs
-    data = load_batches(args, model, screen, 0, None)
-    return quantize_towers(model, graphs, data.batches, quant_config(args), TOWERS, screen).towers
+def _rows(subject: Subject, tower: TowerData, graph_order: bool) -> list[dict[str, Any]]:
+    if not graph_order:
+        return tower.rows
+    place = {name: i for i, name in enumerate(subject.order(tower.name))}
+    return sorted(tower.rows, key=lambda row: place[row["name"]])
 
 
-def _show(screen: Screen, tower: str, gm: GraphModule) -> None:
-    scales = qparams(gm)
-    layers = [
+def _tell(screen: Screen, path: str, page: PageData) -> None:
+    lacking = sorted(set(page.needs.values())) if page.needs else []
+    screen.note(
+        f"wrote {path}" + (f"; for what it lacks give {'; '.join(lacking)}" * bool(lacking))
+    )
+
+
+def _show(screen: Screen, tower: TowerData, rows: list[dict[str, Any]]) -> None:
+    headers = (f"{tower.name} {_WRAPPED[0]}", *_WRAPPED[1:])
+    assert len(headers) == len(LAYER_HEADERS)  # one table, two places
+    screen.table([layer_cells(row) for row in rows], headers)
+    stages = [stage for stage in STAGES if stage in (tower.stages or {})]
+    blocks = [
         [
             row["name"],
-            row["w_bits"] or "-",
-            row["a_bits"] or "-",
-            _input(scales.get(row["name"], {})),
-            decibels(row["sqnr_db"]),
-            row["reason"] or "",
+            *(_number((tower.stages or {})[stage].get(row["name"]), 1) for stage in stages),
+            _number(row["r2"], 3),
+            _number(row["r2_held_out"], 3),
+            str(row["parameters"]),
         ]
-        for row in layer_rows(gm, tower)
+        for row in tower.blocks
     ]
+    titles = [f"\nSQNR (dB)\n{stage}" for stage in stages]
     screen.table(
-        layers, (f"{tower} layer", "W bits", "A bits", "input scale, zero", "SQNR (dB)", "why not")
+        blocks, (f"\n{tower.name} block", *titles, "\nR2", "\nheld-out R2", "\nparameters")
     )
-    blocks = [
-        [row["name"], _number(row["r2"]), _number(row["r2_held_out"]), row["parameters"]]
-        for row in block_rows(gm, tower)
-    ]
-    screen.table(blocks, (f"\n{tower} block", "\nR2", "\nheld-out R2", "\nparameters"))
-    skips = [[row["pass"], row["node"], row["reason"]] for row in skip_rows(gm)]
-    if skips:
-        screen.table(skips, ("\npass", f"\nskipped in the {tower} tower", "\nreason"))
+    if tower.skips:
+        skips = [[row["pass"], row["node"], row["reason"]] for row in tower.skips]
+        screen.table(skips, ("\npass", f"\nskipped in the {tower.name} tower", "\nreason"))
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _input(entry: dict[str, Any]) -> str:
-    if "input" not in entry:
-        return "-"
-    scale, zero_point = entry["input"]
-    if scale.numel() > 1:
-        return f"{scale.numel()} channels"
-    return f"{float(scale):.4g}, {float(zero_point):g}"
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -20,6 +20,7 @@ from qwt_fx.commands.screen import Screen
 from qwt_fx.config import QuantConfig
 from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_features, zero_shot
 from qwt_fx.feature_store import FeatureStore
+from qwt_fx.graph import layer_name, weight_layers
 from qwt_fx.measure import sqnr_db, tensors_of
 from qwt_fx.observe import observe
 from qwt_fx.recipes import recipe_for
@@ -59,7 +60,7 @@ def quantize_towers(
         if tower not in towers:
             continue
         inputs = [(batch[index].to(model.device),) for batch in batches]
-        prepared = api.prepare(graphs[tower], config)
+        prepared = api.prepare(graphs[tower], config_of_tower(config, graphs, tower))
         published = recipe_for(config).layers is None
         if tower == "image" and published:
             # The published code finds the classifier's range in the very run that finds all others.
@@ -72,6 +73,22 @@ def quantize_towers(
             classifier = _observe_classifier(prepared, inputs, config, seconds)
         result[tower] = api.convert(prepared)
     return QuantizedClip(result, tuple(towers), classifier, seconds)
+
+
+def config_of_tower(
+    config: QuantConfig, graphs: Mapping[str, GraphModule], tower: str
+) -> QuantConfig:
+    """The configuration without the overrides that name layers of the other tower alone.
+
+    An override that matches nothing anywhere stays: preparing the graph refuses it.
+    """
+    missed = {
+        name: set(config.unmatched_overrides([layer_name(n) for n in weight_layers(gm)]))
+        for name, gm in graphs.items()
+    }
+    nowhere = set.intersection(*missed.values())
+    kept = {g: v for g, v in config.overrides.items() if g in nowhere or g not in missed[tower]}
+    return config.replace(overrides=kept)
 
 
 def _advance(update: Callable[[int, int], None], phase: str, done: int, total: int) -> None:

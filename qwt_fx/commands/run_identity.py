@@ -67,10 +67,10 @@ def _data(args: argparse.Namespace) -> dict[str, str]:
         index = Path(artifact) / INDEX
         if index.is_file():
             found["artifact"] = hashlib.sha256(index.read_bytes()).hexdigest()
-    if args.imagenet_val is not None:
-        found["imagenet_val"] = _digest(_below(args.imagenet_val))
-    if args.retrieval_data is not None:
-        found["retrieval_data"] = _digest(expand(args.retrieval_data))
+    if (folder := getattr(args, "imagenet_val", None)) is not None:
+        found["imagenet_val"] = _digest(_below(folder))
+    if (pairs := getattr(args, "retrieval_data", None)) is not None:
+        found["retrieval_data"] = _digest(expand(pairs))
     if (data := getattr(args, "train_data", None)) is not None:
         found["train_data"] = _digest(_calibration_files(data, args.dataset_type))
     return found
