@@ -3,7 +3,7 @@
 Each row is a process of its own: CPU and wall seconds by phase, peak memory above the model's weights.
 
 usage: python benchmarks/calibration.py [--samples 512] [--threads 2] [--growth]
-           [--recipes repq-vit best] [--skip-plain]
+           [--recipes repq-vit best] [--memory-budget 200MB] [--skip-plain]
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         seconds: dict[str, float] = {}
         watch = Watch()
         config = QuantConfig(w_bits=6, a_bits=6, recipe=args.recipe, compensation="qwt")
-        api.convert(api.calibrate(api.prepare(graph, config), batches, seconds=seconds))
+        prepared = api.prepare(graph, config)
+        api.convert(
+            api.calibrate(prepared, batches, seconds=seconds, memory_budget=args.memory_budget)
+        )
         found["job"][tower] = watch.read()
         found["phases"][tower] = seconds
     return found
@@ -144,9 +147,9 @@ def child(run: str, args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """The figures of one run in a process of its own."""
     values = vars(args) | changes
     words = [sys.executable, str(Path(__file__)), "--run", run]
-    for name in ("model", "samples", "layers", "threads", "recipe"):
+    for name in ("model", "samples", "layers", "threads", "recipe", "memory_budget"):
         if values[name] is not None:
-            words += [f"--{name}", str(values[name])]
+            words += [f"--{name.replace('_', '-')}", str(values[name])]
     words += ["--towers", *values["towers"]]
     print(" ".join(words[2:]), file=sys.stderr, flush=True)
     done = subprocess.run(words, check=True, capture_output=True, text=True)
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--recipe", default="best", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-budget", metavar="SIZE", help="of activations, such as 200MB")
     parser.add_argument("--recipes", nargs="+", default=["repq-vit", "best"])
     parser.add_argument("--towers", nargs="+", default=["image", "text"])
     parser.add_argument("--growth", action="store_true", help="over samples, depth and width too")

@@ -15,27 +15,31 @@ one value. With x the value on the quantized path, x_fp on the floating-point pa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.gram import LayerSums
 from qwt_fx.graph import add_module, layer_name
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.layer_fit import FittedLayer, fit_layer
 from qwt_fx.layer_groups import LayerGroup, can_be_rows, find_groups, weight_quantizer
 from qwt_fx.layer_range import fit_range
 from qwt_fx.layer_sums import layer_sums
 from qwt_fx.lockstep import Lockstep
 from qwt_fx.norms import fake_quant_of, is_fake_quant
-from qwt_fx.observe import set_mode
+from qwt_fx.observe import observe_on_first, set_mode
 from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.qparams import LOG_SQRT2
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale import set_layer, weight_and_bias
+from qwt_fx.value_store import ValueStore
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class CalibrateLayers(Pass):
         batches: calibration batches, a list of tuples of tensors (or of tensors).
         remedies: what is done beside finding ranges.
         progress: called as progress(groups done, groups).
+        journal: keeps what each group was found to need, and is committed after each.
+        store: keeps the activations at the point reached.
 
     Afterwards every quantizer has qparams and is switched on, and per-channel quantizers behind
     norms are per-tensor. Run again, it would round rounded weights: not idempotent. Raises
@@ -57,6 +63,8 @@ class CalibrateLayers(Pass):
     batches: Any
     remedies: LayerRemedies = field(default_factory=LayerRemedies)
     progress: Any = field(default=None, compare=False)
+    journal: Journal = field(default=NO_JOURNAL, compare=False)
+    store: ValueStore = field(default_factory=ValueStore, compare=False)
 
     preserves_fp: ClassVar[bool] = False
 
@@ -65,12 +73,16 @@ class CalibrateLayers(Pass):
         set_mode(gm, Mode.ON)
         _weights_next_to_layers(gm)
         groups = find_groups(gm)
-        walk = Lockstep(gm, self.reference, self.batches, groups, self.remedies)
+        walk = Lockstep(
+            gm, self.reference, self.batches, groups, self.remedies, self.journal, self.store
+        )
         with torch.no_grad():
             for index, group in enumerate(groups):
                 yield from _calibrate(walk, group)
+                self.journal.commit()
                 if self.progress is not None:
                     self.progress(index + 1, len(groups))
+        walk.release()
 
 
 def _weights_next_to_layers(gm: GraphModule) -> None:
@@ -99,37 +111,65 @@ def _own_quantizer(gm: GraphModule, node: Node, user: Node) -> None:
 
 
 def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
-    """Find one group's range, then fit and round its layers."""
+    """Find one group's range, then fit and round its layers.
+
+    What is found on data goes through the journal; edits of the graph and of the values do not.
+    """
     walk.advance(group.source)
     quantizer = None if group.quantizer is None else fake_quant_of(walk.gm, group.quantizer)
     if quantizer is not None and quantizer.spec.scheme == LOG_SQRT2:
-        quantizer.observe(walk.values(group.source)[0])
+        find = partial(_log_range, quantizer, walk, group.source)
+        quantizer.set_qparams(*walk.journal.once(f"{quantizer.name}: log-sqrt2 range", find))
         yield Change(quantizer.name, "log-sqrt2 range")
         return
     layers = [n for n in group.layers if can_be_rows(n)]
-    floating = {n: weight_and_bias(walk.reference, walk.twin(n)) for n in layers}
     if quantizer is not None:
         group, done = fit_range(walk, group, quantizer)
         yield Change(quantizer.name, done)
-    for layer, sums in layer_sums(walk, group, layers, floating, quantizer).items():
-        yield Change(layer_name(layer), _describe(_fit(walk, layer, sums)))
+    names = ", ".join(map(layer_name, layers))
+    fits = walk.journal.once(f"fit of {names}", partial(_fits, walk, group, layers, quantizer))
+    for layer, fitted in zip(layers, fits, strict=True):
+        set_layer(walk.gm, layer, fitted.weight, fitted.bias, fitted.qparams)
+        yield Change(layer_name(layer), _describe(fitted))
     for layer in group.layers:
         if layer not in layers:
             yield from _round_alone(walk, layer)
 
 
+def _log_range(quantizer: FakeQuant, walk: Lockstep, source: Node) -> tuple[Tensor, Tensor | None]:
+    first = walk.values(source)[0]
+    observe_on_first(walk.share.ranks, [quantizer], lambda: quantizer.observe(first))
+    assert quantizer.scale is not None  # just observed
+    return quantizer.scale, quantizer.zero_point
+
+
+def _fits(
+    walk: Lockstep, group: LayerGroup, layers: list[Node], quantizer: FakeQuant | None
+) -> tuple[FittedLayer, ...]:
+    """What each layer becomes, in the layer's shape and dtype."""
+    floating = {n: weight_and_bias(walk.reference, walk.twin(n)) for n in layers}
+    sums = layer_sums(walk, group, layers, floating, quantizer)
+    return tuple(_fit(walk, layer, sums[layer]) for layer in layers)
+
+
 def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> FittedLayer:
-    if not all(part.finite for part in sums):
-        raise DataError(
-            f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of squares "
-            "overflow; check the weights and the calibration inputs"
-        )
     weight, bias = weight_and_bias(walk.gm, layer)
     module = weight_quantizer(walk.gm, layer)
     spec = None if module is None else module.spec
-    fitted = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
-    set_layer(walk.gm, layer, fitted.weight.reshape(weight.shape), fitted.bias, fitted.qparams)
-    return fitted
+
+    def fit() -> dict[str, Any]:
+        if not all(part.finite for part in sums):
+            raise DataError(
+                f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of "
+                "squares overflow; check the weights and the calibration inputs"
+            )
+        found = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
+        # In the layer's own shape and precision, as it is kept: half of what would travel.
+        new_bias = None if found.bias is None else found.bias.to(weight.dtype)
+        shaped = found.weight.reshape(weight.shape).to(weight.dtype)
+        return vars(replace(found, weight=shaped, bias=new_bias))
+
+    return FittedLayer(**walk.share.ranks.from_first(fit))
 
 
 def _round_alone(walk: Lockstep, layer: Node) -> Iterator[Change]:

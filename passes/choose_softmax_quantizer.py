@@ -15,8 +15,10 @@ from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import MATMULS, SHAPE_ONLY, is_call
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.pass_base import Change, Pass, Skip
+from qwt_fx.precision import wide
 from qwt_fx.qparams import AFFINE, LOG_SQRT2
-from qwt_fx.runner import Env, check_batches, run_all
+from qwt_fx.runner import Env, run_all
+from qwt_fx.share import Share
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,23 @@ class ChooseSoftmaxQuantizer(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
-        first = check_batches(self.batches)[0]
+        share = Share.of(self.batches)
         products = dict(_products(gm))
-        found: list[Change] = []
 
-        def visit(node: Node, env: Env) -> None:
-            if node in products:
-                module, probabilities, values = products[node]
-                found.append(_choose(module, env[probabilities], env[values]))
+        def errors() -> list[tuple[float, float]]:
+            found: list[tuple[float, float]] = []
 
-        run_all(gm, first, visit)
-        yield from found
+            def visit(node: Node, env: Env) -> None:
+                if node in products:
+                    module, probabilities, values = products[node]
+                    found.append(_errors(module, env[probabilities], env[values]))
+
+            run_all(gm, share.batches[0], visit)
+            return found
+
+        found = share.ranks.from_first(errors)
+        for (module, _, _), (log_sqrt2, uniform) in zip(products.values(), found, strict=True):
+            yield _choose(module, log_sqrt2, uniform)
 
 
 def _products(gm: GraphModule) -> Iterator[tuple[Node, tuple[FakeQuant, Node, Node]]]:
@@ -71,15 +79,21 @@ def _products(gm: GraphModule) -> Iterator[tuple[Node, tuple[FakeQuant, Node, No
         yield node, (module, node.args[0], node.args[1])
 
 
-def _choose(module: FakeQuant, probabilities: Tensor, values: Tensor) -> Change:
-    """Give the quantizer the scheme with the lesser error; it stays uncalibrated."""
-    errors = {}
+def _errors(module: FakeQuant, probabilities: Tensor, values: Tensor) -> tuple[float, float]:
+    """Squared error of the product with log-sqrt2 and with uniform codes."""
+    errors = []
     for scheme in (LOG_SQRT2, AFFINE):
         trial = FakeQuant(replace(module.spec, scheme=scheme), module.name)
         trial.observe(probabilities)
-        disturbed = trial.fake_quantize(probabilities) - probabilities
-        errors[scheme] = float(torch.matmul(disturbed, values).square().sum(dtype=torch.float64))
-    best = min(errors, key=lambda scheme: errors[scheme])
+        disturbed = wide(trial.fake_quantize(probabilities)) - wide(probabilities)
+        product = torch.matmul(disturbed, wide(values))
+        errors.append(float(product.square().sum(dtype=torch.float64)))
+    return errors[0], errors[1]
+
+
+def _choose(module: FakeQuant, log_sqrt2: float, uniform: float) -> Change:
+    """Give the quantizer the scheme with the lesser error; it stays uncalibrated."""
+    best = LOG_SQRT2 if log_sqrt2 <= uniform else AFFINE
     module.spec = replace(module.spec, scheme=best)
-    what = f"{best}: squared error log-sqrt2 {errors[LOG_SQRT2]:.4g}, uniform {errors[AFFINE]:.4g}"
+    what = f"{best}: squared error log-sqrt2 {log_sqrt2:.4g}, uniform {uniform:.4g}"
     return Change(module.name, what)

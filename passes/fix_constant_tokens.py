@@ -21,8 +21,10 @@ from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import LINEAR, add_tensor, graph_info, is_call, layer_name
 from qwt_fx.observe import set_mode
 from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.runner import check_batches, placeholders, run_all, start
+from qwt_fx.runner import placeholders, run_all, start
 from qwt_fx.sample_ids import batch_axis
+from qwt_fx.share import Share
+from qwt_fx.token_ids import TokenMask
 from qwt_fx.token_map import token_mask
 from qwt_fx.trim import cut_to_length
 
@@ -52,33 +54,60 @@ class FixConstantTokens(Pass):
         if info.constant_token is not None:
             yield Skip("graph", "its start token is fixed already")
             return
-        batches = check_batches(self.batches)
+        share = Share.of(self.batches)
+        first_batch = share.batches[0]
         linears = [n for n in gm.graph.nodes if is_call(n, {LINEAR}) and feeds_attention(gm, n)]
-        proof = token_mask(gm, batches[0], linears)
-        if proof.reason is not None:
-            yield Skip("graph", proof.reason)
+        proof = token_mask(gm, first_batch, linears)
+        reason = share.ranks.from_first(lambda: proof.reason)
+        if reason is not None:
+            yield Skip("graph", reason)
             return
-        starts = torch.cat([_ids(gm, batch)[:, 0].cpu() for batch in batches])
-        if not bool((starts == starts[0]).all()):
+        starts = share.in_order(lambda index: [_ids(gm, share.batches[index])[:, 0].cpu()])
+        found = list(starts)
+        token = share.ranks.from_first(lambda: _only(torch.cat(found)))
+        if token is None:
             yield Skip("graph", "its texts begin with different tokens")
             return
-        values = _values(gm, batches[0], linears)
+        set_mode(gm, Mode.OFF)
+        constants = share.ranks.from_first(lambda: _constants(gm, first_batch, linears, proof))
         first: Node | None = None
-        for linear in linears:
-            if linear.name not in proof.positions:
-                yield Skip(layer_name(linear), "its rows mix positions")
-                continue
-            value = values[linear]
-            rows = value.reshape(-1, value.shape[-1])[proof.positions[linear.name] == 0]
-            spread = float((rows - rows[0]).abs().max())
-            if spread > _SAME * float(rows.abs().max().clamp_min(1e-30)):
-                yield Skip(layer_name(linear), "position 0 differs between samples")
+        for linear, (why_not, is_first, row) in zip(linears, constants, strict=True):
+            if why_not is not None:
+                yield Skip(layer_name(linear), why_not)
                 continue
             if first is None:
-                first = _begins_with(gm, int(starts[0]))
-            _replace(gm, linear, value, proof.positions[linear.name], rows[0], first)
-            info.constant_token = int(starts[0])
+                first = _begins_with(gm, token)
+            _replace(gm, linear, is_first, row, first)
+            info.constant_token = token
             yield Change(layer_name(linear), "position 0 is a constant")
+
+
+def _only(starts: Tensor) -> int | None:
+    return int(starts[0]) if bool((starts == starts[0]).all()) else None
+
+
+def _constants(
+    gm: GraphModule, batch: Any, linears: list[Node], proof: TokenMask
+) -> list[tuple[str | None, Tensor | None, Tensor | None]]:
+    """For each linear: why not, or which index of the axis of positions is position 0, bool
+    (length,), and the output there, (outputs,).
+    """
+    values = _values(gm, batch, {n: proof.positions.get(n.name) for n in linears})
+    found: list[tuple[str | None, Tensor | None, Tensor | None]] = []
+    for linear in linears:
+        if linear.name not in proof.positions:
+            found.append(("its rows mix positions", None, None))
+            continue
+        (whole, rows), positions = values[linear], proof.positions[linear.name]
+        spread = float((rows - rows[0]).abs().max())
+        if spread > _SAME * float(rows.abs().max().clamp_min(1e-30)):
+            found.append(("position 0 differs between samples", None, None))
+            continue
+        shape, samples = whole[:-1], batch_axis(linear)
+        assert samples is not None and len(shape) == 2  # (samples, positions) in either order
+        is_first = (positions.reshape(shape).select(samples, 0) == 0).cpu()
+        found.append((None, is_first, rows[0].clone()))
+    return found
 
 
 def _ids(gm: GraphModule, batch: Any) -> Tensor:
@@ -87,16 +116,23 @@ def _ids(gm: GraphModule, batch: Any) -> Tensor:
     return ids
 
 
-def _values(gm: GraphModule, batch: Any, linears: list[Node]) -> dict[Node, Tensor]:
-    """Each linear's output in floating point on one batch."""
-    found: dict[Node, Tensor] = {}
-    wanted = {user: linear for linear in linears for user in linear.users}
+def _values(
+    gm: GraphModule, batch: Any, positions: dict[Node, Tensor | None]
+) -> dict[Node, tuple[torch.Size, Tensor]]:
+    """The shape of each linear's output, and its rows at position 0, in floating point.
+
+    positions: of each linear's rows; one without them is left out.
+    """
+    found: dict[Node, tuple[torch.Size, Tensor]] = {}
+    wanted = {user: linear for linear in positions for user in linear.users}
 
     def visit(node: Node, env: dict[Node, Any]) -> None:
-        if node in wanted and wanted[node] in env:
-            found[wanted[node]] = env[wanted[node]]
+        linear = wanted.get(node)
+        if linear is None or linear not in env or (where := positions[linear]) is None:
+            return
+        value = env[linear]
+        found[linear] = (value.shape, value.reshape(-1, value.shape[-1])[where == 0])
 
-    set_mode(gm, Mode.OFF)
     run_all(gm, batch, visit)
     return found
 
@@ -116,15 +152,11 @@ def _begins_with(gm: GraphModule, token: int) -> Node:
     return equal
 
 
-def _replace(
-    gm: GraphModule, linear: Node, value: Tensor, positions: Tensor, row: Tensor, first: Node
-) -> None:
+def _replace(gm: GraphModule, linear: Node, is_first: Tensor, row: Tensor, first: Node) -> None:
     """Put where(position 0 and a calibrated start, row, linear) behind the linear."""
-    shape = value.shape[:-1]
     batch = batch_axis(linear)
-    assert batch is not None and len(shape) == 2  # (samples, positions) in either order
+    assert batch is not None  # `_constants` found it
     axis = 1 - batch
-    is_first = (positions.reshape(shape).select(batch, 0) == 0).cpu()
     mask_shape = [1, 1, 1]
     mask_shape[axis] = len(is_first)
     sample_shape = [1, 1]
@@ -134,9 +166,9 @@ def _replace(
     with gm.graph.inserting_after(linear):
         constant = add_tensor(gm, f"{name}_value", row.detach().clone())
     with gm.graph.inserting_after(constant):
-        whole = add_tensor(gm, f"{name}_position", is_first.reshape(mask_shape).to(row.device))
-    with gm.graph.inserting_after(whole):
-        position = cut_to_length(gm, whole, axis)
+        every = add_tensor(gm, f"{name}_position", is_first.reshape(mask_shape).to(row.device))
+    with gm.graph.inserting_after(every):
+        position = cut_to_length(gm, every, axis)
     call = gm.graph.call_function
     with gm.graph.inserting_after(position):
         starts = call(aten.reshape.default, (first, [*sample_shape, 1]))

@@ -25,11 +25,16 @@ from qwt_fx.errors import ConfigError, DataError, PreconditionError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import Block, find_node, graph_info
 from qwt_fx.hold_out import held_out_samples
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.norms import fake_quant_of, is_fake_quant
 from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.runner import BlockRunner, Subgraph, batch_size, check_batches, start
+from qwt_fx.precision import wide
+from qwt_fx.regression import Fit
+from qwt_fx.runner import BlockRunner, Subgraph, start
 from qwt_fx.sample_ids import sample_ids
-from qwt_fx.token_map import token_mask
+from qwt_fx.share import Share
+from qwt_fx.token_map import token_masks
+from qwt_fx.value_store import ValueStore
 
 TARGETS = ("local", "fp")
 
@@ -52,6 +57,8 @@ class InsertCompensation(Pass):
         half: store weights in half precision (they are read back as float32); one that overflows
             half precision stays in float32.
         progress: called as progress(blocks done, blocks).
+        journal: keeps the fit of each block, and is committed after each.
+        store: keeps the activations at the block reached.
 
     A block compensated before is skipped. Raises `DataError` naming the block for values that are not
     finite, `ConfigError` for an unknown kind or target,
@@ -66,6 +73,8 @@ class InsertCompensation(Pass):
     token_masks: bool = True
     half: bool = True
     progress: Any = field(default=None, compare=False)
+    journal: Journal = field(default=NO_JOURNAL, compare=False)
+    store: ValueStore = field(default_factory=ValueStore, compare=False)
 
     preserves_fp: ClassVar[bool] = False
 
@@ -79,7 +88,7 @@ class InsertCompensation(Pass):
             )
         if not 0.0 <= self.hold_out < 0.5:
             raise ConfigError(f"InsertCompensation.hold_out: got {self.hold_out}, wanted [0, 0.5)")
-        check_batches(self.batches)
+        Share.of(self.batches)
 
     def requires(self, gm: GraphModule) -> None:
         """The graphs must hold the same blocks, and every quantizer must be ready."""
@@ -105,16 +114,18 @@ class InsertCompensation(Pass):
         if not info.blocks:
             yield Skip("graph", "no transformer block was found")
             return
-        samples = sum(batch_size(b) for b in check_batches(self.batches))
-        if self.hold_out > 0.0 and samples < 2:
+        if self.hold_out > 0.0 and Share.of(self.batches).samples < 2:
             yield Skip("graph", "one calibration sample: none can be held out")
             return
         with torch.no_grad():
             walk = _Walk(self, gm)
             for index in range(len(info.blocks)):
                 yield walk.block(index)
+                self.journal.commit()
                 if self.progress is not None:
                     self.progress(index + 1, len(info.blocks))
+            walk.quantized.release()
+            walk.floating.release()
 
 
 class _Walk:
@@ -126,19 +137,20 @@ class _Walk:
         self.reference = compensation.reference
         self.kind = parse_compensation(compensation.kind)
         self.compensator: Compensator = compensator(self.kind, compensation.half)
-        self.batches = check_batches(compensation.batches)
-        self.sizes = [batch_size(b) for b in self.batches]
-        self.quantized = BlockRunner(gm, self.batches)
-        self.floating = BlockRunner(self.reference, self.batches)
-        held_out = held_out_samples(sum(self.sizes), compensation.hold_out)
-        self.judges = torch.split(held_out, self.sizes)
+        self.share = Share.of(compensation.batches)
+        self.batches = self.share.batches
+        self.sizes = self.share.of_mine(self.share.sizes)
+        self.quantized = BlockRunner(gm, self.batches, compensation.store)
+        self.floating = BlockRunner(self.reference, self.batches, compensation.store)
+        held_out = held_out_samples(self.share.samples, compensation.hold_out)
+        self.judges = self.share.of_mine(torch.split(held_out, self.share.sizes))
         # Block by block: compensating a block renames the next one's input.
-        self.masks: list[list[Tensor | None]] = [[] for _ in graph_info(gm).blocks]
         boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
-        for batch in self.batches:
-            rows = token_mask(gm, batch, boundary).rows if compensation.token_masks else {}
-            for masks, source in zip(self.masks, boundary, strict=True):
-                masks.append(rows.get(source.name))
+        proofs = token_masks(gm, self.batches, boundary) if compensation.token_masks else []
+        self.masks: list[list[Tensor | None]] = [
+            [proof.rows.get(source.name) for proof in proofs] or [None] * len(self.batches)
+            for source in boundary
+        ]
 
     def block(self, index: int) -> Change | Skip:
         """Compensate one block where it helps."""
@@ -161,7 +173,10 @@ class _Walk:
         rows = [self._rows(site, i, mask) for i, mask in enumerate(self.masks[index])]
         if any(r is None for r in rows):
             return Skip(block.name, "which sample each of its tokens belongs to is not known")
-        fit = self._fit(site, graph_info(self.reference).blocks[index], rows)
+        original = graph_info(self.reference).blocks[index]
+        fit = self.settings.journal.once(
+            f"compensation of {block.name}", lambda: self._fit(site, original, rows)
+        )
         judged = fit.r2 if fit.r2_held_out is None else fit.r2_held_out
         record = info.compensations[block.name] = {
             "kind": str(self.kind),
@@ -191,20 +206,28 @@ class _Walk:
         envs = self.quantized.envs
         width, outputs = envs[0][site.regressor].shape[-1], envs[0][site.result].shape[-1]
         device = envs[0][site.result].device
-        train, judge = (self.compensator.empty(width, outputs, device) for _ in range(2))
+        both = [self.compensator.empty(width, outputs, device) for _ in range(2)]
         targets = self._targets(site, original)
-        for env, target, (fits, judges) in zip(envs, targets, rows, strict=True):
+
+        def parts(index: int) -> Iterator[tuple[int, list[Tensor]]]:
+            env, target = envs[index], next(targets)
             x = site.regressor_value(env[site.regressor]).reshape(-1, width)
-            error = (target - env[site.result]).reshape(-1, outputs)
+            error = (wide(target) - wide(env[site.result])).reshape(-1, outputs)
             if not bool(torch.isfinite(x).all() and torch.isfinite(error).all()):
                 raise DataError(
                     f"{site.name}: NaN or infinite values in this block's input or output; check the "
                     "weights and the calibration inputs"
                 )
-            for sums, chosen in ((train, fits), (judge, judges)):
+            for which, chosen in enumerate(rows[index]):  # those that fit, those that judge
                 if bool(chosen.any()):
-                    sums.add(x[chosen], error[chosen])
-        return self.compensator.fit(train, judge if self.settings.hold_out > 0.0 else None)
+                    yield which, both[which].part(x[chosen], error[chosen])
+
+        for which, part in self.share.in_order(parts):
+            both[which].merge(part)
+        train, judge = both
+        held_out = judge if self.settings.hold_out > 0.0 else None
+        fitted = self.share.ranks.from_first(lambda: vars(self.compensator.fit(train, held_out)))
+        return (AffineFit if self.kind.name == "affine" else Fit)(**fitted)
 
     def _targets(self, site: Site, original: Block) -> Iterator[Tensor]:
         """What the block's output should be, batch by batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +13,14 @@ from torch.fx import GraphModule, Node
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import layer_name
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.layer_groups import LayerGroup, find_groups, weight_quantizer
 from qwt_fx.norms import fake_quant_of
 from qwt_fx.observe import fake_quant_nodes, observe
 from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.runner import as_inputs, check_batches
+from qwt_fx.runner import as_inputs
 from qwt_fx.sensitivity import Sensitivity, measure_sensitivity
+from qwt_fx.share import Share
 
 BITS = 8
 
@@ -31,6 +33,7 @@ class RaiseSensitiveLayers(Pass):
         batches: calibration batches, a list of tuples of tensors (or of tensors).
         budget: weight bytes that may be added, as a share of the quantized weights' bytes, in [0, 1].
         samples: samples of the first batch that are used.
+        journal: keeps what was measured.
 
     Stands between `InsertObservers` and calibration. Groups of layers are taken by how much of the
     output's error each byte removes; a group of which only the input has fewer bits costs nothing.
@@ -40,6 +43,7 @@ class RaiseSensitiveLayers(Pass):
     batches: Any
     budget: float
     samples: int = 64
+    journal: Journal = field(default=NO_JOURNAL, compare=False)
 
     preserves_fp: ClassVar[bool] = True
 
@@ -57,22 +61,34 @@ class RaiseSensitiveLayers(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
+        share = Share.of(self.batches)
+        groups = {tuple(layer_name(n) for n in g.layers): g for g in find_groups(gm) if g.layers}
+        chosen = self.journal.once(
+            "sensitive layers",
+            lambda: share.ranks.from_first(lambda: self._chosen(gm, share.batches[0])),
+        )
+        self.journal.commit()
+        for layers, error, cost in chosen:
+            _raise(gm, groups[tuple(layers)])
+            yield Change(
+                ", ".join(layers),
+                f"{BITS} bits: {error:.3g} of the output's energy lost before, "
+                f"{cost:.0f} bytes more",
+            )
+
+    def _chosen(
+        self, gm: GraphModule, batch: Any
+    ) -> tuple[tuple[tuple[str, ...], float, float], ...]:
+        """The groups to raise: their layers, the error they cause, the bytes they cost."""
         first = tuple(
-            x[: self.samples] if isinstance(x, torch.Tensor) else x
-            for x in as_inputs(check_batches(self.batches)[0])
+            x[: self.samples] if isinstance(x, torch.Tensor) else x for x in as_inputs(batch)
         )
         # Ranges per channel: what both recipes make of the channels later comes close to that.
         trial = observe(copy.deepcopy(gm), [first])
         measured = measure_sensitivity(trial, first)
-        groups = {tuple(layer_name(n) for n in g.layers): g for g in find_groups(gm) if g.layers}
         total = sum(s.weights * s.weight_bits for s in measured if s.weight_bits is not None) / 8
-        for sensitivity, cost in choose(measured, self.budget * total):
-            _raise(gm, groups[sensitivity.layers])
-            yield Change(
-                ", ".join(sensitivity.layers),
-                f"{BITS} bits: {sensitivity.error:.3g} of the output's energy lost before, "
-                f"{cost:.0f} bytes more",
-            )
+        chosen = choose(measured, self.budget * total)
+        return tuple((s.layers, s.error, cost) for s, cost in chosen)
 
 
 def choose(measured: Sequence[Sensitivity], budget: float) -> list[tuple[Sensitivity, float]]:

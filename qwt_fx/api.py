@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -21,11 +22,13 @@ from torch.fx import GraphModule
 from qwt_fx.artifact import load_graph, save_graph
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.exports import export_graph
+from qwt_fx.calibration_identity import calibration_journal
 from qwt_fx.capture import adopt, capture
 from qwt_fx.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import graph_info, has_graph_info, set_graph_info
+from qwt_fx.journal import Journal
 from qwt_fx.kernel_audit import LayerKernel
 from qwt_fx.measure import measure_layers
 from qwt_fx.norms import fake_quant_of
@@ -47,7 +50,8 @@ from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
 from qwt_fx.recipes import recipe_for
 from qwt_fx.report import build_report
-from qwt_fx.runner import check_batches
+from qwt_fx.share import Share
+from qwt_fx.value_store import ValueStore, value_store
 
 __all__ = [
     "calibrate", "capture", "compensations", "convert", "export", "kernel_audit", "load", "lower",
@@ -117,35 +121,67 @@ def calibrate(
     *,
     seconds: Seconds | None = None,
     progress: Progress | None = None,
+    checkpoint: str | PathLike[str] | Journal | None = None,
+    memory_budget: str | int | ValueStore | None = None,
 ) -> GraphModule:
     """Every data-dependent step, in order and in place: ranges, reparameterization, compensation.
 
     Args:
         prepared: what `prepare` returned.
-        batches: a list (or re-iterable) of tuples of tensors, or of tensors for one-input models.
+        batches: a list (or re-iterable) of tuples of tensors, or of tensors for one-input models; or,
+            where several processes calibrate one model together, each one's `qwt_fx.share.Share`.
         seconds: gets the time of each phase, in seconds, added under "calibrate",
             "reparameterize" and "compensate".
         progress: called as progress(phase, done, total).
+        checkpoint: a folder that keeps what was found after every group of layers and every block. A
+            run that was cut off goes on from it, called with the same graph, batches and threads,
+            and gives bit-identical results; a run that ends removes it. Or a journal of the caller's.
+        memory_budget: bytes ("2GB") of activations held between two steps; what finds no room goes to
+            temporary files. Changes no result. Or a store of the caller's.
 
-    Raises `DataError` for a generator, no batch, or values that are not finite, parameters included;
+    Raises `ConfigError` for a checkpoint of another configuration, model, version or data. Raises
+    `DataError` for a generator, no batch, or values that are not finite, parameters included;
     the message names the parameter or the layer.
     """
     check_parameters(prepared)
-    config = config_of(prepared)
-    recipe = recipe_for(config)
-    listed = check_batches(batches)
+    share = Share.of(batches)
     if not fake_quant_nodes(prepared):
         return prepared
+    with (
+        value_store(memory_budget) as store,
+        calibration_journal(checkpoint, prepared, share) as journal,
+    ):
+        _calibrate(prepared, share, _Keeping(journal, store), seconds, progress)
+    return prepared
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Where results and activations are kept."""
+
+    journal: Journal
+    store: ValueStore
+
+
+def _calibrate(
+    prepared: GraphModule,
+    share: Share,
+    keeping: _Keeping,
+    seconds: Seconds | None,
+    progress: Progress | None,
+) -> None:
+    config = config_of(prepared)
+    recipe = recipe_for(config)
     if config.attention == "auto" and config.bits_for("").activation is not None:
-        ChooseSoftmaxQuantizer(listed)(prepared)
+        ChooseSoftmaxQuantizer(share)(prepared)
     if config.exceptions > 0.0:
-        RaiseSensitiveLayers(listed, config.exceptions)(prepared)
+        RaiseSensitiveLayers(share, config.exceptions, journal=keeping.journal)(prepared)
     floating = _floating_twin(prepared)
     if recipe.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
         QuantizeEmbeddings()(prepared)
     if recipe.layers is None:
         with _timed(seconds, "calibrate"):
-            observe(prepared, listed)
+            observe(prepared, share, keeping.journal)
         with _timed(seconds, "reparameterize"):
             PassManager((ReparameterizeLayerNorm(), FoldChannelWise()))(prepared)
         # The reparameterized blocks without quantizers, as the published code takes them: the same
@@ -154,26 +190,27 @@ def calibrate(
     else:
         with _timed(seconds, "reparameterize"):
             if recipe.constant_tokens:
-                FixConstantTokens(listed)(prepared)
+                FixConstantTokens(share)(prepared)
         with _timed(seconds, "calibrate"):
-            CalibrateLayers(floating, listed, recipe.layers, _phase(progress, "calibrate"))(
-                prepared
-            )
+            CalibrateLayers(
+                floating, share, recipe.layers, _phase(progress, "calibrate"), **vars(keeping)
+            )(prepared)
     with _timed(seconds, "compensate"):
         if recipe.compensation != "none":
             InsertCompensation(
                 floating,
-                listed,
+                share,
                 kind=recipe.compensation,
                 target=recipe.target,
                 hold_out=config.hold_out if recipe.held_out else 0.0,
                 token_masks=recipe.mask_regression,
                 half=recipe.half_compensation,
                 progress=_phase(progress, "compensate"),
+                **vars(keeping),
             )(prepared)
     with _timed(seconds, "calibrate"):
-        measure_layers(prepared, listed[0])
-    return prepared
+        if share.ranks.first:  # which holds batch 0
+            measure_layers(prepared, share.batches[0])
 
 
 def _phase(progress: Progress | None, phase: str) -> Callable[[int, int], None] | None:
@@ -198,6 +235,8 @@ def quantize(
     *,
     seconds: Seconds | None = None,
     progress: Progress | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    memory_budget: str | int | None = None,
 ) -> GraphModule:
     """Capture (unless captured), prepare, calibrate and convert in one call.
 
@@ -206,13 +245,18 @@ def quantize(
         example_inputs: a tuple of tensors, any batch size.
         batches: calibration batches; see `calibrate`.
         config: how to quantize; default `QuantConfig()`.
+        seconds, progress, checkpoint, memory_budget: see `calibrate`.
 
     Returns a `torch.fx.GraphModule` that is called like the model and returns its structure.
     """
     with _timed(seconds, "capture"):
         graph = capture(model, example_inputs)
         prepared = prepare(graph, config or QuantConfig())
-    return convert(calibrate(prepared, batches, seconds=seconds, progress=progress))
+    calibrate(
+        prepared, batches, seconds=seconds, progress=progress, checkpoint=checkpoint,
+        memory_budget=memory_budget,
+    )  # fmt: skip
+    return convert(prepared)
 
 
 def lower(quantized: GraphModule, backend: str = "eager", **options: Any) -> GraphModule:

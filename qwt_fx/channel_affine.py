@@ -9,6 +9,7 @@ so that a * m + c is what the linear should have returned. Both fold into the li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +36,26 @@ class ChannelMoments:
         zeros = torch.zeros(channels, dtype=torch.float64, device=device)
         return cls(zeros, zeros.clone(), zeros.clone(), zeros.clone(), zeros.clone())
 
+    @staticmethod
+    def part(m: Tensor, e: Tensor) -> list[Tensor]:
+        """What tokens m (n, d) and e (n, d) of any float dtype add: the fields, in their order."""
+        x, y = m.double(), e.double()
+        sums = [x, y, x.square(), x * y, y.square()]
+        return [*(s.sum(dim=0) for s in sums), torch.tensor(len(m))]
+
+    def merge(self, part: Sequence[Tensor]) -> None:
+        """Add what `part` returned for some tokens."""
+        m, e, mm, me, ee, count = part
+        self.m += m
+        self.e += e
+        self.mm += mm
+        self.me += me
+        self.ee += ee
+        self.count += int(count)
+
     def add(self, m: Tensor, e: Tensor) -> None:
         """Add tokens: m (n, d) and e (n, d), any float dtype."""
-        x, y = m.double(), e.double()
-        self.m += x.sum(dim=0)
-        self.e += y.sum(dim=0)
-        self.mm += x.square().sum(dim=0)
-        self.me += (x * y).sum(dim=0)
-        self.ee += y.square().sum(dim=0)
-        self.count += len(m)
+        self.merge(self.part(m, e))
 
     def __add__(self, other: ChannelMoments) -> ChannelMoments:
         return ChannelMoments(

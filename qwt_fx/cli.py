@@ -7,23 +7,29 @@ failed; 130 / 143 on SIGINT / SIGTERM.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from types import FrameType
 
 import torch
 
+from qwt_fx import ranks
 from qwt_fx.commands import bench, demo, evaluate, export, inspect, quantize, sensitivity
 from qwt_fx.commands.config_file import config_arguments
-from qwt_fx.errors import CheckFailed, QwtError
+from qwt_fx.commands.inputs import device_of
+from qwt_fx.errors import CheckFailed, ConfigError, QwtError
 from qwt_fx.version import __version__
 
 _LONGEST_NAME = 200
 EXIT_BUG, EXIT_INPUT, EXIT_CHECK, EXIT_INTERRUPT, EXIT_TERMINATED = 1, 2, 3, 130, 143
+_CODES = {signal.SIGINT: EXIT_INTERRUPT, signal.SIGTERM: EXIT_TERMINATED}
+DISTRIBUTED = ("quantize", "eval")  # what torchrun may start as several processes
 
 
 class _Stopped(BaseException):
@@ -68,48 +74,74 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="qwt-fx: %(message)s", level=logging.WARNING)
-    logging.getLogger("qwt_fx").setLevel(logging.INFO)
+    logging.getLogger("qwt_fx").setLevel(
+        logging.INFO if ranks.launched_first() else logging.ERROR  # one process speaks
+    )
     received: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         raise _Stopped
 
-    codes = {signal.SIGINT: EXIT_INTERRUPT, signal.SIGTERM: EXIT_TERMINATED}
-    previous = {number: signal.signal(number, stop) for number in codes}
+    previous = {number: signal.signal(number, stop) for number in _CODES}
     try:
         code = _run(words)
-        return codes[signal.Signals(received[0])] if received else code
+        return _stopped(received[0]) if received else code
     except BaseException:
         # A library may have turned the interruption into an error of its own.
         if received:
-            return codes[signal.Signals(received[0])]
+            return _stopped(received[0])
+        ranks.current().may_report()  # this is why the others will lose touch
         raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
+def _stopped(number: int) -> int:
+    """The exit code of a signal. A launcher ends all processes when one ends: that is said once."""
+    among = ranks.current()
+    if among.world > 1:
+        _say(
+            f"rank {among.rank} of {among.world} was stopped by {signal.Signals(number).name}: "
+            "another rank has ended, or the run was stopped; no output was written"
+        )
+    return _CODES[signal.Signals(number)]
+
+
 def _run(words: list[str]) -> int:
     try:
-        args = _parse(words)
+        with nullcontext() if ranks.launched_first() else redirect_stderr(io.StringIO()):
+            args = _parse(words)  # a wrong flag is wrong for every process: one says so
         if args.threads is not None:
             torch.set_num_threads(args.threads)
+        if ranks.launched():
+            if args.command not in DISTRIBUTED:
+                raise ConfigError(f"{args.command} runs in one process: start it without torchrun")
+            ranks.join(device_of(args))
         args.run(args)
+        ranks.leave()
     except BrokenPipeError:  # the reader of our output went away: nothing is wrong here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except QwtError as error:
         if "--debug" in words:
             raise
-        sys.stderr.write(f"qwt-fx: error: {error}\n")
+        _say(str(error))
         return EXIT_CHECK if isinstance(error, CheckFailed) else EXIT_INPUT
     except OSError as error:
         # A file named by the user that the system refuses: too long a name, a disk that fails.
         if error.filename is None or "--debug" in words:
             raise
-        sys.stderr.write(f"qwt-fx: error: {_shown(error.filename)}: {error.strerror}\n")
+        _say(f"{_shown(error.filename)}: {error.strerror}")
         return EXIT_INPUT
     return 0
+
+
+def _say(reason: str) -> None:
+    """Why the run ends; of several processes, the first to know says it."""
+    among = ranks.current()
+    if among.may_report() if among.world > 1 else ranks.launched_first():
+        sys.stderr.write(f"qwt-fx: error: {reason}\n")
 
 
 def _shown(name: object) -> str:

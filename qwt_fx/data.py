@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -18,8 +18,10 @@ from qwt_fx.csv_pairs import read_csv
 from qwt_fx.decoding import Decoded, Transform, Undecodable, decode_in_order
 from qwt_fx.errors import ConfigError, DataError
 from qwt_fx.imagefolder import list_images
+from qwt_fx.kept_batches import KeptBatches
 from qwt_fx.samples import FilePair, PairSource, random_order
 from qwt_fx.shards import SampledShards, expand, sample_locations
+from qwt_fx.value_store import ValueStore
 
 DATASET_TYPES = ("webdataset", "imagefolder", "csv")
 MAX_BAD_SHARE = 0.1
@@ -42,7 +44,7 @@ class CalibrationData:
         notes: sentences that the user should read.
     """
 
-    batches: list[tuple[Tensor, Tensor]]
+    batches: Sequence[tuple[Tensor, Tensor]]
     samples: int
     skipped_samples: int
     shards: int
@@ -63,6 +65,7 @@ def load_calibration(
     workers: int = 0,
     class_prompts: ClassPrompts | None = None,
     progress: Progress | None = None,
+    store: ValueStore | None = None,
 ) -> CalibrationData:
     """Draw, read, decode and tokenize `samples` pairs; the same for any number of `workers`.
 
@@ -79,6 +82,7 @@ def load_calibration(
         class_prompts: for "imagefolder": captions are prompts of the classes; without it, they
             are the folder names as words.
         progress: called as progress(done, total) after each pair.
+        store: keeps the batches; by default a list in memory.
 
     Raises:
         ConfigError: a number out of range or an unknown dataset type.
@@ -91,7 +95,9 @@ def load_calibration(
     # As many as may be bad before the share of bad ones is an error.
     spare = samples // 9 + 1
     pairs = _draw(spec, dataset_type, samples, spare, seed, class_prompts)
-    collected = _Collected(spec, samples, batch_size, tokenizer, progress)
+    batches: list[tuple[Tensor, Tensor]] | KeptBatches
+    batches = [] if store is None else KeptBatches(store)
+    collected = _Collected(spec, samples, batch_size, tokenizer, progress, batches)
     while (missing := samples - collected.good) > 0:
         before = collected.tried
         chunk = itertools.islice(pairs, missing)
@@ -176,7 +182,7 @@ class _Collected:
     batch_size: int
     tokenizer: Tokenizer
     progress: Progress | None
-    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    batches: list[tuple[Tensor, Tensor]] | KeptBatches
     pending: list[Decoded] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     shape: tuple[int, ...] = ()

@@ -56,3 +56,7 @@ class PostconditionError(PassError):
 
 class NotCalibratedError(PreconditionError):
     """A quantizer has no scale yet: observe or calibrate first."""
+
+
+class RankError(QwtError):
+    """Another process of a distributed run ended or does not answer."""

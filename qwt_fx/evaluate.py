@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from qwt_fx.metrics import (
     topk_correct,
     wilson_interval,
 )
+from qwt_fx.precision import to_device
+from qwt_fx.ranks import Ranks
 from qwt_fx.trim import trim
 
 Progress = Callable[[int, int], None]
@@ -90,30 +92,41 @@ def image_features(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     series: Series | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings (n, e) and labels (n,) of (images, labels) batches, un-normalized.
 
-    `series` keeps each batch, and begins with those that an interrupted run has left. Raises
+    `series` keeps each batch, and begins with those that an interrupted run has left. Each of the
+    `ranks` embeds its batches; the first one gets all of them, the others get none. Raises
     `DataError` for features that are not finite or when there is no image.
     """
     kept = Series(None, "images") if series is None else series
+    ranks = ranks or Ranks()
+
+    def embedded() -> Iterator[list[tuple[Tensor, Tensor]]]:
+        for images, labels in _from(batches, len(kept) + ranks.rank, ranks.world):
+            yield [(finite_features(tower(to_device(images, device)), "image"), labels)]
+
     with torch.no_grad():
-        for images, labels in _from(batches, len(kept)):
-            features = finite_features(tower(images.to(device)), "image")
+        for features, labels in ranks.in_order(embedded()):
             kept.append({"features": features, "labels": labels})
             if progress is not None:
                 progress(kept.rows, -1)
+    if not ranks.first:
+        return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
     if not len(kept):
         raise DataError("evaluation: no image was found")
     stacked = kept.stacked()
     return stacked["features"], stacked["labels"]
 
 
-def _from(batches: Iterable[tuple[Tensor, Tensor]], first: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """The batches from number `first` on, without reading the others where that can be."""
+def _from(
+    batches: Iterable[tuple[Tensor, Tensor]], first: int, step: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Every `step`-th batch from number `first` on, without reading the others where that can be."""
     if isinstance(batches, ImageFolderData):
-        return batches.starting_at(first)
-    return itertools.islice(batches, first, None)
+        return batches.starting_at(first, step)
+    return itertools.islice(batches, first, None, step)
 
 
 def text_features(
@@ -123,19 +136,27 @@ def text_features(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     series: Series | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """Embeddings (p, e) of token ids (p, context), un-normalized; `series` as `image_features`.
+    """Embeddings (p, e) of token ids (p, context), un-normalized; the rest as `image_features`.
 
     A graph that may be given shorter ids gets each batch cut to its longest text (`qwt_fx.trim`).
     """
     kept = Series(None, "texts") if series is None else series
-    with torch.no_grad():
-        for begin in range(len(kept) * batch_size, len(tokens), batch_size):
+    ranks = ranks or Ranks()
+    begins = range(len(kept) * batch_size, len(tokens), batch_size)[ranks.rank :: ranks.world]
+
+    def embedded() -> Iterator[list[Tensor]]:
+        for begin in begins:
             chunk = trim(tower, tokens[begin : begin + batch_size].to(device))
-            kept.append({"features": finite_features(tower(chunk), "text")})
+            yield [finite_features(tower(chunk), "text")]
+
+    with torch.no_grad():
+        for features in ranks.in_order(embedded()):
+            kept.append({"features": features})
             if progress is not None:
-                progress(min(begin + batch_size, len(tokens)), len(tokens))
-    return kept.stacked()["features"]
+                progress(kept.rows, len(tokens))
+    return kept.stacked()["features"] if ranks.first else torch.empty(0, 0)
 
 
 def zero_shot(

@@ -9,6 +9,7 @@ order of the batches.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,17 +41,34 @@ class LayerSums:
 
         return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(inputs), zeros(outputs))
 
+    @staticmethod
+    def parts(x: Tensor, t: Tensor) -> Iterator[list[Tensor]]:
+        """What tokens x (n, d), t (n, o), float32, add: chunk by chunk the fields, in their order."""
+        for part, target in zip(torch.split(x, CHUNK), torch.split(t, CHUNK), strict=True):
+            if len(part):
+                yield [
+                    part.T @ part,
+                    part.T @ target,
+                    part.sum(dim=0, dtype=torch.float64),
+                    target.sum(dim=0, dtype=torch.float64),
+                    target.square().sum(dtype=torch.float64),
+                    torch.tensor(len(part)),
+                ]
+
+    def merge(self, part: Sequence[Tensor]) -> None:
+        """Add what `parts` yielded for a chunk."""
+        gram, cross, x, t, square, count = part
+        self.gram += gram
+        self.cross += cross
+        self.x += x
+        self.t += t
+        self.square += float(square)
+        self.count += int(count)
+
     def add(self, x: Tensor, t: Tensor) -> None:
         """Add tokens: x (n, d), t (n, o), float32."""
-        for part, target in zip(torch.split(x, CHUNK), torch.split(t, CHUNK), strict=True):
-            if not len(part):
-                continue
-            self.gram += part.T @ part
-            self.cross += part.T @ target
-            self.x += part.sum(dim=0, dtype=torch.float64)
-            self.t += target.sum(dim=0, dtype=torch.float64)
-            self.square += float(target.square().sum(dtype=torch.float64))
-            self.count += len(part)
+        for part in self.parts(x, t):
+            self.merge(part)
 
     def __add__(self, other: LayerSums) -> LayerSums:
         return LayerSums(
@@ -109,6 +127,7 @@ def refit(centred: tuple[Tensor, Tensor], ridge: float) -> Tensor | None:
     damped = gram.clone()
     damped.diagonal().add_(ridge * mean)
     factor, info = torch.linalg.cholesky_ex(damped)
+    del damped  # as large as the Gram, and the solution takes a copy of its own
     if int(info):  # fewer tokens than channels and next to no ridge
         return None
     return torch.cholesky_solve(cross, factor).T
@@ -124,11 +143,11 @@ def choose_refit(
     nothing = torch.zeros(len(train.t), len(train.x), dtype=torch.float64, device=train.x.device)
     unchanged = judge.residual(None, train.bias(nothing))
     errors: dict[float, float] = {}
-    centred = train.centred()
+    centred = [train.centred()]
 
     def error(ridge: float) -> float:
         if ridge not in errors:
-            change = refit(centred, ridge)
+            change = refit(centred[0], ridge)
             errors[ridge] = (
                 math.inf if change is None else judge.residual(change, train.bias(change))
             )
@@ -141,4 +160,5 @@ def choose_refit(
             at += step
     if not error(ridges[at]) < unchanged:
         return None, None
+    centred.clear()  # a large Gram that the last refit does not need
     return refit((train + judge).centred(), ridges[at]), ridges[at]

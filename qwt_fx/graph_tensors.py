@@ -79,7 +79,7 @@ def _require_storable(path: str, value: object) -> Tensor:
     return value
 
 
-def _permuted_stride(value: Tensor) -> list[int] | None:
+def permuted_stride(value: Tensor) -> list[int] | None:
     """Strides of a dense tensor whose dimensions are stored in another order; else `None`."""
     if value.is_contiguous() or not value.numel():
         return None
@@ -112,7 +112,7 @@ def describe_tensors(gm: GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
                 "dtype": str(value.dtype).removeprefix("torch."),
                 "shape": list(value.shape),
             }
-            if (stride := _permuted_stride(value)) is not None:
+            if (stride := permuted_stride(value)) is not None:
                 tensors[path]["stride"] = stride
         width = bits.get(path, 8)
         if MIN_BITS <= width <= MAX_BITS and _fits(value, width):

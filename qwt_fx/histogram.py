@@ -24,11 +24,13 @@ LARGEST = 2.0 ** (_OCTAVES - 40)
 
 
 def bin_of(x: Tensor) -> Tensor:
-    """Index of each float32 value's bin, int64, 0..BINS - 1, rising with the value."""
+    """Index of each float32 value's bin, int32, 0..BINS - 1, rising with the value."""
     bits = x.contiguous().view(torch.int32)
-    magnitude = ((bits & 0x7FFFFFFF) >> _SHIFT) - (_LOWEST - 1)
-    magnitude = magnitude.clamp_(0, _MAGNITUDES).to(torch.int64)
-    return torch.where(bits < 0, -magnitude, magnitude).add_(_MAGNITUDES)
+    # In place: for a batch of a wide layer each temporary is 100 MB.
+    magnitude = (bits & 0x7FFFFFFF).bitwise_right_shift_(_SHIFT).sub_(_LOWEST - 1)
+    magnitude.clamp_(0, _MAGNITUDES)
+    # The sign bit as 1 or -1.
+    return magnitude.mul_((bits >> 31).bitwise_or_(1)).add_(_MAGNITUDES)
 
 
 def _edges() -> tuple[Tensor, Tensor]:
@@ -70,21 +72,40 @@ class Histogram:
         self.square = torch.zeros_like(self.total)
         self.rows = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Count rows (n, channels) of any float dtype."""
+    @staticmethod
+    def part(rows: Tensor) -> list[Tensor]:
+        """What rows (n, channels) of any float dtype add: counts, low, high, total, square, rows."""
         if not len(rows):
-            return
+            return []
         x = rows.float()
-        channels = len(self.counts)
-        offsets = torch.arange(channels, device=x.device) * BINS
+        channels = x.shape[1]
+        offsets = torch.arange(channels, dtype=torch.int32, device=x.device) * BINS
         index = bin_of(x).add_(offsets)
         flat = torch.bincount(index.flatten(), minlength=channels * BINS)
-        self.counts += flat.reshape(channels, BINS)
-        self.low = torch.minimum(self.low, x.amin(dim=0))
-        self.high = torch.maximum(self.high, x.amax(dim=0))
-        self.total += x.sum(dim=0, dtype=torch.float64)
-        self.square += x.square().sum(dim=0, dtype=torch.float64)
-        self.rows += len(x)
+        return [
+            flat.reshape(channels, BINS).to(torch.int32),  # travels between processes
+            x.amin(dim=0),
+            x.amax(dim=0),
+            x.sum(dim=0, dtype=torch.float64),
+            x.square().sum(dim=0, dtype=torch.float64),
+            torch.tensor(len(x)),
+        ]
+
+    def merge(self, part: Sequence[Tensor]) -> None:
+        """Add what `part` returned for some rows."""
+        if not part:
+            return
+        counts, low, high, total, square, rows = part
+        self.counts += counts
+        self.low = torch.minimum(self.low, low)
+        self.high = torch.maximum(self.high, high)
+        self.total += total
+        self.square += square
+        self.rows += int(rows)
+
+    def add(self, rows: Tensor) -> None:
+        """Count rows (n, channels) of any float dtype."""
+        self.merge(self.part(rows))
 
     @property
     def mean(self) -> Tensor:

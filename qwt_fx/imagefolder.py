@@ -90,14 +90,19 @@ class ImageFolderData:
         """Batches of images (B, 3, H, W) float32 and labels (B,) int64; the last may be smaller."""
         return self.starting_at(0)
 
-    def starting_at(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches from `number` on; the images before it are not read."""
-        first = number * self.batch_size
+    def starting_at(self, number: int, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every `step`-th batch from `number` on; the images of the others are not read."""
+        size = self.batch_size
+        files = [
+            file
+            for begin in range(number * size, self.images, step * size)
+            for file in self.files.files[begin : begin + size]
+        ]
         # The caption is not used, and must not be empty.
-        sources = [FilePair(path, "image") for path, _ in self.files.files]
+        sources = [FilePair(path, "image") for path, _ in files]
         images: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
-        done = first
-        with closing(decode_in_order(sources[first:], self.transform, self.workers)) as results:
+        done = 0
+        with closing(decode_in_order(sources, self.transform, self.workers)) as results:
             for result in results:
                 if isinstance(result, Undecodable):
                     raise DataError(
@@ -110,8 +115,8 @@ class ImageFolderData:
                         f"{result.image.shape}, for other images {images[0].shape}"
                     )
                 images.append(result.image)
-                if len(images) == self.batch_size or done + len(images) == self.images:
-                    labels = [y for _, y in self.files.files[done : done + len(images)]]
+                if len(images) == size or done + len(images) == len(files):
+                    labels = [y for _, y in files[done : done + len(images)]]
                     done += len(images)
                     batch, images = images, []
                     yield torch.from_numpy(np.stack(batch)), torch.tensor(labels)

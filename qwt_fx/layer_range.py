@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +40,9 @@ _WORTH = 0.7  # ... where that leaves at most this share of the error
 # with the next quantizer cannot fuse across it.
 _FINE_ENOUGH = 8
 
+Histograms = Callable[[], Histogram]
+"""A group's histogram, counted when it is first asked for."""
+
 
 def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[LayerGroup, str]:
     """Rescale what can be, then set the quantizer's qparams.
@@ -44,27 +50,43 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[
     Returns the group, whose source changes where its input gets a product of its own, and what was
     done. Raises `DataError` for values that are not finite.
     """
-    histogram = _histogram(walk, group, quantizer.name)
+    # Counted when first asked for: before anything moves, and not at all where the journal knows.
+    histogram = cache(partial(_histogram, walk, group, quantizer.name))
     spec = replace(quantizer.spec.per_tensor(), include_zero=True)
     linears = [n for n in group.layers if n.target is aten.linear.default]
     done, rescale = "one range", None
     if linears and len(linears) == len(group.layers) and not group.shared:
         rescale, done = _move_upstream(walk, group, histogram, spec)
         if rescale is None and walk.remedies.input_scales and spec.bits < _FINE_ENOUGH:
-            group, rescale = _multiply_input(walk, group, histogram, spec)
+            group, rescale = _multiply_input(walk, group, histogram, spec, quantizer.name)
             done = "one range" if rescale is None else "moved into a product of the input"
         if rescale is not None:
             done += f", strength {rescale.strength:g}"
+    found, token_scale = walk.journal.once(
+        f"range of {quantizer.name}", partial(_best_range, walk, group, histogram, spec, rescale)
+    )
+    if token_scale is not None:
+        quantizer.token_scale = token_scale
+        done += f", {int((token_scale != 1).sum())} positions with scales of their own"
+    quantizer.spec = spec
+    quantizer.set_qparams(found.scale, found.zero_point)
+    return group, done
+
+
+def _best_range(
+    walk: Lockstep,
+    group: LayerGroup,
+    histogram: Histograms,
+    spec: QuantSpec,
+    rescale: Rescale | None,
+) -> tuple[Range, Tensor | None]:
+    """The range, and the positions' scales where these are worth it."""
     found = _search(walk, group, histogram, spec, rescale)
     if (apart := _search_apart(walk, group, spec)) is not None:
         token_scale, range_apart = apart
         if range_apart.error < _WORTH * found.error:
-            found = range_apart
-            quantizer.token_scale = token_scale
-            done += f", {int((token_scale != 1).sum())} positions with scales of their own"
-    quantizer.spec = spec
-    quantizer.set_qparams(found.scale, found.zero_point)
-    return group, done
+            return range_apart, token_scale
+    return found, None
 
 
 def _weights(walk: Lockstep, group: LayerGroup) -> list[Tensor]:
@@ -84,13 +106,17 @@ def _importance(walk: Lockstep, group: LayerGroup, channels: int) -> Tensor:
 def _search(
     walk: Lockstep,
     group: LayerGroup,
-    histogram: Histogram,
+    histogram: Histograms,
     spec: QuantSpec,
     rescale: Rescale | None = None,
 ) -> Range:
-    importance = _importance(walk, group, len(histogram.total))
+    importance = _importance(walk, group, len(histogram().total))
     moved = () if rescale is None else (rescale.scale, rescale.shift)
-    return search_range(gather_mass(histogram.entries(), importance, *moved), spec)
+
+    def search() -> dict[str, Any]:
+        return vars(search_range(gather_mass(histogram().entries(), importance, *moved), spec))
+
+    return Range(**walk.share.ranks.from_first(search))
 
 
 def _search_apart(
@@ -102,7 +128,12 @@ def _search_apart(
         return None
     channels = walk.values(group.source)[0].shape[-1] if _per_channel(group) else 1
     importance = _importance(walk, group, channels)
-    return token_scale, search_range(_mass_apart(walk, group, token_scale, importance), spec)
+    histograms = _histograms_apart(walk, group, token_scale, channels)
+
+    def search() -> dict[str, Any]:
+        return vars(search_range(_mass_apart(histograms, importance), spec))
+
+    return token_scale, Range(**walk.share.ranks.from_first(search))
 
 
 def _per_channel(group: LayerGroup) -> bool:
@@ -111,11 +142,14 @@ def _per_channel(group: LayerGroup) -> bool:
 
 
 def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
+    """The values of all batches on the first rank, of none on the others."""
     source = group.source
     per_channel = _per_channel(group)
     values = walk.values(source)
     histogram = Histogram(values[0].shape[-1] if per_channel else 1, values[0].device)
-    for index, x in enumerate(values):
+
+    def parts(index: int) -> Iterator[list[Tensor]]:
+        x = values[index]
         if not bool(torch.isfinite(x).all()):
             raise DataError(
                 f"{name}: NaN or infinite values in the tensor to quantize; "
@@ -130,12 +164,15 @@ def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
         flat = x.reshape(-1, x.shape[-1])
         mask = walk.mask(source, index, behind_end=walk.remedies.mask_ranges)
         flat = flat if mask is None else flat[mask]
-        histogram.add(flat if per_channel else flat.reshape(-1, 1))
+        yield Histogram.part(flat if per_channel else flat.reshape(-1, 1))
+
+    for part in walk.share.in_order(parts):
+        histogram.merge(part)
     return histogram
 
 
 def _move_upstream(
-    walk: Lockstep, group: LayerGroup, histogram: Histogram, spec: QuantSpec
+    walk: Lockstep, group: LayerGroup, histogram: Histograms, spec: QuantSpec
 ) -> tuple[Rescale | None, str]:
     """Move differences between channels into what makes the value, where that is possible."""
     gm = walk.gm
@@ -144,7 +181,8 @@ def _move_upstream(
         readers = norm_readers(gm, origin)
         if why_not_reparameterizable(gm, origin) is None and len(readers.fake_quants) == 1:
             shifts = origin.target is aten.layer_norm.default
-            chosen = _choose(walk, group, histogram, spec, shifts=shifts)
+            find = partial(_choose, walk, group, histogram, spec, shifts=shifts)
+            chosen = walk.journal.once(f"rescale of {origin.name}", find)
             divide_norm(gm, origin, chosen.scale, chosen.shift)
             _undo(walk, readers.linears, origin, chosen)
             return chosen, "moved into the norm"
@@ -153,7 +191,8 @@ def _move_upstream(
         # do not.
         fused = not is_call(mapped.attention, MATMULS)
         shifts = fused or not is_fake_quant(gm, mapped.attention.args[0])
-        chosen = _choose(walk, group, histogram, spec, shifts=shifts)
+        find = partial(_choose, walk, group, histogram, spec, shifts=shifts)
+        chosen = walk.journal.once(f"rescale of {mapped.producer.name}", find)
         divide_rows(gm, mapped.producer, mapped.rows, chosen.scale, chosen.shift)
         divide_constants(gm, mapped.constants, mapped.rows, chosen.scale, chosen.shift)
         _undo(walk, group.layers, group.source, chosen)
@@ -162,15 +201,20 @@ def _move_upstream(
 
 
 def _multiply_input(
-    walk: Lockstep, group: LayerGroup, histogram: Histogram, spec: QuantSpec
+    walk: Lockstep, group: LayerGroup, histogram: Histograms, spec: QuantSpec, name: str
 ) -> tuple[LayerGroup, Rescale | None]:
     """Multiply the input by a constant per channel, where that leaves far less error."""
-    chosen = _choose(walk, group, histogram, spec, shifts=True)
-    plain = _choose(walk, group, histogram, spec, shifts=False, strengths=(0.0,)).error
-    if (apart := _search_apart(walk, group, spec)) is not None:
-        gained = _search(walk, group, histogram, spec).error - apart[1].error
-        plain -= max(gained, 0.0)
-    if chosen.error >= _WORTH * plain:
+
+    def find() -> Rescale | None:
+        chosen = _choose(walk, group, histogram, spec, shifts=True)
+        plain = _choose(walk, group, histogram, spec, shifts=False, strengths=(0.0,)).error
+        if (apart := _search_apart(walk, group, spec)) is not None:
+            gained = _search(walk, group, histogram, spec).error - apart[1].error
+            plain -= max(gained, 0.0)
+        return None if chosen.error >= _WORTH * plain else chosen
+
+    chosen = walk.journal.once(f"product of the input of {name}", find)
+    if chosen is None:
         return group, None
     assert group.quantizer is not None  # fit_range has one
     source = divide_input(walk.gm, group.quantizer, chosen.scale, chosen.shift)
@@ -183,7 +227,7 @@ def _multiply_input(
 def _choose(
     walk: Lockstep,
     group: LayerGroup,
-    histogram: Histogram,
+    histogram: Histograms,
     spec: QuantSpec,
     *,
     shifts: bool,
@@ -193,7 +237,12 @@ def _choose(
     modules = [weight_quantizer(walk.gm, n) for n in group.layers]
     bits = min((m.spec.bits for m in modules if m is not None), default=None)
     weights = _weights(walk, group)
-    return choose_rescale(histogram, weights, spec, bits, strengths, shifts=shifts)
+    known = histogram()  # every rank has a part in it
+
+    def choose() -> dict[str, Any]:
+        return vars(choose_rescale(known, weights, spec, bits, strengths, shifts=shifts))
+
+    return Rescale(**walk.share.ranks.from_first(choose))
 
 
 def _value_map(walk: Lockstep, group: LayerGroup) -> ValueMap | None:
@@ -219,28 +268,53 @@ def _token_scale(walk: Lockstep, group: LayerGroup) -> Tensor | None:
     batch = batch_axis(group.source)
     if values[0].dim() != 3 or batch not in (0, 1):
         return None
-    largest = torch.stack([v.abs().amax(dim=(batch, 2)) for v in values]).amax(dim=0)
-    if walk.first_is_constant:
+    found = list(walk.share.in_order(lambda index: [values[index].abs().amax(dim=(batch, 2))]))
+    factor: Tensor | None = walk.share.ranks.from_first(
+        lambda: _factors(torch.stack(found).amax(dim=0), walk.first_is_constant)
+    )
+    if factor is None:
+        return None
+    return factor[:, None] if batch == 0 else factor[:, None, None]
+
+
+def _factors(largest: Tensor, first_is_constant: bool) -> Tensor | None:
+    """The power of two for each position, (length,), from the largest value there."""
+    if first_is_constant:
         largest[0] = largest.median()
     ratio = largest / largest.median().clamp_min(torch.finfo(torch.float32).tiny)
     apart = ratio >= _APART
     if not bool(apart.any()) or int(apart.sum()) > max(1, len(ratio) // 8):
         return None
-    factor = torch.where(apart, ratio.log2().ceil(), 0.0).exp2()
-    return factor[:, None] if batch == 0 else factor[:, None, None]
+    return torch.where(apart, ratio.log2().ceil(), 0.0).exp2()
 
 
-def _mass_apart(walk: Lockstep, group: LayerGroup, token_scale: Tensor, importance: Tensor) -> Mass:
-    """The values with every position divided by its scale, which multiplies its error again."""
-    parts = []
-    for factor in sorted(set(token_scale.flatten().tolist())):
-        histogram = Histogram(len(importance), importance.device)
-        chosen = token_scale.flatten() == factor
-        if walk.first_is_constant:
-            chosen[0] = False
-        for x in walk.values(group.source):
+def _histograms_apart(
+    walk: Lockstep, group: LayerGroup, token_scale: Tensor, channels: int
+) -> dict[float, Histogram]:
+    """The values with every position divided by its scale, by scale; on the first rank."""
+    values = walk.values(group.source)
+    factors = sorted(set(token_scale.flatten().tolist()))
+    found = {factor: Histogram(channels, token_scale.device) for factor in factors}
+
+    def parts(index: int) -> Iterator[tuple[float, list[Tensor]]]:
+        for factor in factors:
+            chosen = token_scale.flatten() == factor
+            if walk.first_is_constant:
+                chosen[0] = False
+            x = values[index]
             picked = x[:, chosen] if token_scale.dim() == 2 else x[chosen]
-            histogram.add(picked.reshape(-1, len(importance)) / factor)
-        parts.append(gather_mass(histogram.entries(), importance * factor**2))
+            yield factor, Histogram.part(picked.reshape(-1, channels) / factor)
+
+    for factor, part in walk.share.in_order(parts):
+        found[factor].merge(part)
+    return found
+
+
+def _mass_apart(histograms: dict[float, Histogram], importance: Tensor) -> Mass:
+    """All values together; a position's scale multiplies its error again."""
+    parts = [
+        gather_mass(histogram.entries(), importance * factor**2)
+        for factor, histogram in histograms.items()
+    ]
     joined = (torch.cat([getattr(p, f) for p in parts]) for f in ("value", "half", "weight"))
     return Mass(*joined)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from qwt_fx.gram import LayerSums
 from qwt_fx.graph import is_call
 from qwt_fx.layer_groups import LayerGroup, rows_of
 from qwt_fx.lockstep import Lockstep
+from qwt_fx.precision import wide
 from qwt_fx.rescale import weight_and_bias
 
 aten = torch.ops.aten
@@ -28,6 +31,8 @@ def layer_sums(
 ) -> dict[Node, tuple[LayerSums, LayerSums]]:
     """Sums of each layer over tokens that fit and tokens that judge, on the quantized input.
 
+    They are complete on the first rank, and empty on the others.
+
     floating: weight and bias of each layer in the floating-point graph, as they were before any
     rescale. The missing part is measured against the layer's output there, or, with a local target,
     against its own output on the unquantized input of the quantized path.
@@ -37,20 +42,26 @@ def layer_sums(
     for layer, (weight, _) in current.items():
         sizes = (weight.flatten(1).shape[1], len(weight), weight.device)
         sums[layer] = (LayerSums.empty(*sizes), LayerSums.empty(*sizes))
-    for index, x in enumerate(walk.values(group.source)):
+    values = walk.values(group.source)
+
+    def parts(index: int) -> Iterator[tuple[int, int, list[Tensor]]]:
+        x = values[index]
         x_hat = x if quantizer is None else quantizer.fake_quantize(x)
-        for layer in layers:
-            weight, bias = current[layer]
+        for at, layer in enumerate(layers):
+            weight, bias = wide(current[layer][0]), wide(current[layer][1])
             keep, judged = walk.rows(group.source, layer, index, weight)
-            rows = rows_of(layer, weight, x_hat)[keep]
+            rows = wide(rows_of(layer, weight, x_hat)[keep])
             if walk.remedies.fp_target:
                 wanted = _floating_output(walk, group.source, layer, floating[layer], index, keep)
             else:
-                wanted = F.linear(rows_of(layer, weight, x)[keep], weight.flatten(1), bias)
+                wanted = F.linear(wide(rows_of(layer, weight, x)[keep]), weight.flatten(1), bias)
             missing = wanted - F.linear(rows, weight.flatten(1), bias)
-            fit, judge = sums[layer]
-            fit.add(rows[~judged], missing[~judged])
-            judge.add(rows[judged], missing[judged])
+            for which, chosen in enumerate((~judged, judged)):
+                for part in LayerSums.parts(rows[chosen], missing[chosen]):
+                    yield at, which, part
+
+    for at, which, part in walk.share.in_order(parts):
+        sums[layers[at]][which].merge(part)
     return sums
 
 
@@ -58,8 +69,8 @@ def _floating_output(
     walk: Lockstep, source: Node, layer: Node, parameters: Parameters, index: int, keep: Tensor
 ) -> Tensor:
     """The floating-point path's output, (rows kept, outputs), with what the residual stream misses."""
-    weight, bias = parameters
-    rows = rows_of(layer, weight, walk.floating(source, index))[keep]
+    weight, bias = wide(parameters[0]), wide(parameters[1])
+    rows = wide(rows_of(layer, weight, walk.floating(source, index))[keep])
     wanted = F.linear(rows, weight.flatten(1), bias)
     residual = _residual(layer)
     gap = None if residual is None else walk.gap(residual, index)

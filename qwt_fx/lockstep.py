@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.graph import find_node, graph_info
 from qwt_fx.hold_out import held_out_samples
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.layer_groups import LayerGroup, rows_of
+from qwt_fx.precision import wide
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale_search import Rescale
-from qwt_fx.runner import BlockRunner, batch_size, check_batches
+from qwt_fx.runner import BlockRunner, EachBatch
 from qwt_fx.sample_ids import sample_ids
-from qwt_fx.token_map import token_mask
+from qwt_fx.share import Share
+from qwt_fx.token_map import token_masks
+from qwt_fx.value_store import ValueStore
 
 aten = torch.ops.aten
 
@@ -23,8 +28,11 @@ aten = torch.ops.aten
 class Lockstep:
     """Both graphs at the point reached, and which rows of which batch are used for what.
 
+    A batch's index counts the batches of this rank; `share` knows all of them.
+
     Between two groups each graph holds, for every batch, the values that later nodes still read: at
-    most a block's widest value and its residual. Nothing is stored beyond that.
+    most a block's widest value and its residual. Nothing is stored beyond that. `store` keeps them; the
+    two graphs share its budget.
     """
 
     def __init__(
@@ -34,17 +42,27 @@ class Lockstep:
         batches: Any,
         groups: list[LayerGroup],
         remedies: LayerRemedies,
+        journal: Journal = NO_JOURNAL,
+        store: ValueStore | None = None,
     ) -> None:
         self.gm = gm
         self.reference = reference
         self.remedies = remedies
-        listed = check_batches(batches)
-        self.sizes = [batch_size(b) for b in listed]
-        self._quantized = BlockRunner(gm, listed)
-        self._floating = BlockRunner(reference, listed)
-        self._judges = torch.split(held_out_samples(sum(self.sizes), remedies.hold_out), self.sizes)
+        self.journal = journal
+        self.share = Share.of(batches)
+        mine, sizes = self.share.batches, self.share.sizes
+        store = store or ValueStore()
+        self._quantized = BlockRunner(gm, mine, store)
+        self._floating = BlockRunner(reference, mine, store)
+        judges = torch.split(held_out_samples(self.share.samples, remedies.hold_out), sizes)
+        self._judges = self.share.of_mine(judges)
         sources = [g.source for g in groups]
-        self._tokens = [token_mask(gm, batch, sources) for batch in listed]
+        self._tokens = token_masks(gm, mine, sources)
+
+    def release(self) -> None:
+        """Drop everything that is held: the walk is over."""
+        self._quantized.release()
+        self._floating.release()
 
     def advance(self, source: Node) -> None:
         """Run both graphs up to the value a group reads."""
@@ -55,9 +73,9 @@ class Lockstep:
         """The floating-point graph's node of the same name, or of the name of what it replaced."""
         return find_node(self.reference, str(node.meta.get("replaces", node.name)))
 
-    def values(self, node: Node) -> list[Tensor]:
-        """The quantized path's value of each batch, (samples, ...)."""
-        return [env[node] for env in self._quantized.envs]
+    def values(self, node: Node) -> Sequence[Tensor]:
+        """The quantized path's value of each of this rank's batches, (samples, ...)."""
+        return EachBatch(self._quantized.envs, node)
 
     def floating(self, node: Node, index: int) -> Tensor:
         """The floating-point path's value of one batch."""
@@ -68,7 +86,7 @@ class Lockstep:
         """Floating-point value minus quantized value of one batch; `None` before they are known."""
         ours = self._quantized.envs[index].get(node)
         theirs = self._floating.envs[index].get(self.twin(node))
-        return None if ours is None or theirs is None else theirs - ours
+        return None if ours is None or theirs is None else wide(theirs) - wide(ours)
 
     def transform(self, origin: Node, rescale: Rescale) -> None:
         """Bring the quantized path's values made of `origin` up to date: x / scale - shift."""
@@ -116,7 +134,8 @@ class Lockstep:
         weight: the layer's, (o, ...). A layer with more inputs than outputs is summed over a fixed
         random part of the rows.
         """
-        batch = self.sizes[index]
+        number = self.share.numbers[index]
+        batch = self.share.sizes[number]
         x = self._quantized.envs[index][source]
         samples = None
         if layer.target is aten.linear.default:
@@ -131,8 +150,8 @@ class Lockstep:
         if mask is not None and len(mask) == count:
             keep = keep[mask.cpu()]
         inputs, outputs = weight.flatten(1).shape[1], len(weight)
-        share = -(-self.remedies.tokens_per_input * inputs // len(self.sizes))
+        share = -(-self.remedies.tokens_per_input * inputs // len(self.share.sizes))
         if inputs > outputs and share < len(keep):
-            generator = torch.Generator().manual_seed(index)
+            generator = torch.Generator().manual_seed(number)
             keep = keep[torch.randperm(len(keep), generator=generator)[:share].sort().values]
         return keep.to(x.device), self._judges[index][samples[keep]].to(x.device)

@@ -7,8 +7,8 @@ end of a text cannot matter, they are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from qwt_fx.config import QuantConfig
 from qwt_fx.errors import DataError, NotCalibratedError
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.graph import graph_info, tensor_of
+from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.norms import fake_quant_of, is_fake_quant
+from qwt_fx.ranks import Ranks
 from qwt_fx.recipes import recipe_for
-from qwt_fx.runner import check_batches, start
+from qwt_fx.runner import start
+from qwt_fx.share import Share
 from qwt_fx.token_map import token_mask
 
 
@@ -70,35 +73,61 @@ def masked_rows(gm: GraphModule, batch: Any, nodes: Sequence[Node]) -> Iterator[
             fake_quant_of(gm, node).rows = None
 
 
-def observe(gm: GraphModule, batches: Any) -> GraphModule:
+def observe(gm: GraphModule, batches: Any, journal: Journal = NO_JOURNAL) -> GraphModule:
     """Find the scale and zero point of every quantizer that has none; leaves them switched on.
 
     Args:
         gm: a graph with observers (`InsertObservers`), changed in place and returned.
         batches: a list of tuples of tensors (or of tensors); the first batch is observed.
+        journal: keeps the ranges.
 
     Raises:
         NotCalibratedError: the graph has no observers.
         DataError: `batches` is empty or a generator, or an activation is not finite.
     """
-    first = check_batches(batches)[0]
+    share = Share.of(batches)
     nodes = fake_quant_nodes(gm)
     if not nodes:
         raise NotCalibratedError("the graph has no observers: run InsertObservers(config)(gm)")
-    activations = [n for n in nodes if not _is_weight(gm, n)]
-    set_mode(gm, Mode.OBSERVE)
-    with torch.no_grad():
-        if recipe_for(config_of(gm)).mask_ranges:
-            with masked_rows(gm, first, activations):
-                _run_first(gm, first)
-        else:
-            _run_first(gm, first)
+    modules = [fake_quant_of(gm, n) for n in nodes]
+
+    def find() -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        _observe(gm, share, nodes)
+        return tuple((m.scale, m.zero_point) for m in modules)
+
+    for module, (scale, zero_point) in zip(modules, journal.once("ranges", find), strict=True):
+        if scale is not None:
+            module.set_qparams(scale, zero_point)
+    journal.commit()
     set_mode(gm, Mode.ON)
     return gm
 
 
-def _run_first(gm: GraphModule, batch: Any) -> None:
-    gm(*_positional(gm, batch))
+def _observe(gm: GraphModule, share: Share, nodes: Sequence[Node]) -> None:
+    activations = [n for n in nodes if not _is_weight(gm, n)]
+    set_mode(gm, Mode.OBSERVE)
+    masked = recipe_for(config_of(gm)).mask_ranges
+
+    def run() -> None:
+        first = share.batches[0]
+        with torch.no_grad(), masked_rows(gm, first, activations) if masked else nullcontext():
+            gm(*_positional(gm, first))
+
+    observe_on_first(share.ranks, [fake_quant_of(gm, n) for n in nodes], run)
+
+
+def observe_on_first(
+    ranks: Ranks, modules: Sequence[FakeQuant], observation: Callable[[], object]
+) -> None:
+    """Make an observation on the first rank, which holds batch 0; the others get its qparams."""
+
+    def found() -> list[tuple[Tensor | None, Tensor | None]]:
+        observation()
+        return [(m.scale, m.zero_point) for m in modules]
+
+    for module, (scale, zero_point) in zip(modules, ranks.from_first(found), strict=True):
+        if not ranks.first and scale is not None:
+            module.set_qparams(scale, zero_point)
 
 
 def _positional(gm: GraphModule, batch: Any) -> tuple[Any, ...]:

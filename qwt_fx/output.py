@@ -32,14 +32,23 @@ _MARKER = ".qwt-fx-partial"
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all; parents are made. Raises `OutputError`."""
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise OutputError(f"cannot write {path}: {error}") from None
+    write_bytes_atomic(path, data)
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; parents are made. Raises `OutputError`."""
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
@@ -47,7 +56,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-    except (OSError, UnicodeEncodeError) as error:
+    except OSError as error:
         raise OutputError(f"cannot write {path}: {_reason(error)}") from None
 
 
@@ -219,7 +228,7 @@ class OutputDirectory:
 
     def _commit(self) -> None:
         try:
-            _sync(self.path)
+            sync(self.path)
             if self.target.exists():
                 # Checked again: hours may have passed, and what came since is not ours to delete.
                 self._check_target()
@@ -249,7 +258,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Put a folder's files on the disk before its name says that they are complete."""
     for root, _, names in os.walk(folder):
         for name in names:

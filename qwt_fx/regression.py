@@ -7,6 +7,7 @@ the channels to the constant column; float64 sums and a scaled ridge or a cut-of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -40,14 +41,24 @@ class Moments:
         gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
         return cls(gram, gram.new_zeros(inputs + 1, outputs))
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add tokens: x (n, d), y (n, e), any float dtype."""
+    @staticmethod
+    def part(x: Tensor, y: Tensor) -> list[Tensor]:
+        """What tokens x (n, d), y (n, e) of any float dtype add: the fields, in their order."""
         z = torch.cat([x.double(), x.new_ones(x.shape[0], 1, dtype=torch.float64)], dim=1)
         target = y.double()
-        self.gram += z.T @ z
-        self.cross += z.T @ target
-        self.square += float(target.square().sum())
-        self.count += x.shape[0]
+        return [z.T @ z, z.T @ target, target.square().sum(), torch.tensor(x.shape[0])]
+
+    def merge(self, part: Sequence[Tensor]) -> None:
+        """Add what `part` returned for some tokens."""
+        gram, cross, square, count = part
+        self.gram += gram
+        self.cross += cross
+        self.square += float(square)
+        self.count += int(count)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add tokens: x (n, d), y (n, e), any float dtype."""
+        self.merge(self.part(x, y))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(

@@ -131,6 +131,7 @@ def empty_report() -> dict[str, Any]:
         "size": {"fp32_bytes": None, "quantized_bytes": None, "compensation_bytes": None},
         "seconds": dict.fromkeys(PHASES),
         "peak_rss_bytes": None,
+        "processes": {"count": None, "wire_bytes": None},
         "run": {"digest": None, "settings": None},
         "layers": [],
         "blocks": [],

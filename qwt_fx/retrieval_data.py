@@ -30,8 +30,8 @@ class RetrievalBatch:
         tokens: (c, context) int64, the captions image by image.
         captions: (b,) int64, how many each image has.
         identities: (c,) int64, equal where the token ids of two captions are equal.
-        tried: samples read so far in all, those that cannot be used included.
-        skipped: how many of these cannot be used.
+        tried: samples read for this batch, those that cannot be used included.
+        messages: what is wrong with those.
     """
 
     images: Tensor
@@ -39,7 +39,7 @@ class RetrievalBatch:
     captions: Tensor
     identities: Tensor
     tried: int
-    skipped: int
+    messages: list[str]
 
 
 @dataclass
@@ -80,21 +80,25 @@ class RetrievalReader:
 
     def __iter__(self) -> Iterator[RetrievalBatch]:
         """Batches in the order of the shards. Raises `DataError` for damaged shards."""
+        for batch in self.batches():
+            self.count(batch.tried, batch.messages)
+            if len(batch.images):
+                yield batch
+        self.judge()
+
+    def batches(self, first: int = 0, step: int = 1) -> Iterator[RetrievalBatch]:
+        """Every `step`-th batch from `first` on, also those without a usable sample.
+
+        A batch is made of `batch_size` samples behind one another, usable or not, so that it is the
+        same whoever reads the others. Nothing is counted: that is for `count` to do, batch by batch.
+        """
         counts = ScanCounts()
         places = map(CaptionedSample.of, samples_in_order(self.shards, counts))
         rest = itertools.islice(places, self.tried, None)
-        pending: list[Decoded] = []
-        with closing(decode_in_order(rest, self.transform, self.workers)) as results:
+        chosen = _slices(rest, self.batch_size, first, step)
+        pending: list[Decoded | Undecodable] = []
+        with closing(decode_in_order(chosen, self.transform, self.workers)) as results:
             for result in results:
-                self.tried += 1
-                if isinstance(result, Undecodable):
-                    self._skip(result)
-                    continue
-                if pending and result.image.shape != pending[0].image.shape:
-                    raise DataError(
-                        f"{self.spec}: the transform returned images of {pending[0].image.shape} "
-                        f"and {result.image.shape}, wanted one size"
-                    )
                 pending.append(result)
                 if len(pending) == self.batch_size:
                     yield self._batch(pending)
@@ -102,7 +106,12 @@ class RetrievalReader:
         if pending:
             yield self._batch(pending)
         self.incomplete = counts.groups - counts.complete
-        self._judge()
+
+    def count(self, tried: int, messages: list[str]) -> None:
+        """Take note of a batch's samples, the batches being in order."""
+        self.tried += tried
+        self.skipped += len(messages)
+        self.messages += messages[: 3 - len(self.messages)]
 
     def notes(self) -> Iterator[str]:
         """What the user should know, after the walk."""
@@ -115,12 +124,7 @@ class RetrievalReader:
                 + first
             )
 
-    def _skip(self, result: Undecodable) -> None:
-        self.skipped += 1
-        if len(self.messages) < 3:
-            self.messages.append(f"{result.where}: {result.reason}")
-
-    def _judge(self) -> None:
+    def judge(self) -> None:
         """Raise `DataError` when too many samples were skipped to call this an evaluation."""
         if self.skipped > MAX_BAD_SHARE * self.tried:
             raise DataError(
@@ -128,7 +132,19 @@ class RetrievalReader:
                 "10 %; the first: " + "; ".join(self.messages) + ". Is this the right data?"
             )
 
-    def _batch(self, pending: list[Decoded]) -> RetrievalBatch:
+    def _batch(self, results: list[Decoded | Undecodable]) -> RetrievalBatch:
+        pending = [r for r in results if isinstance(r, Decoded)]
+        bad = [r for r in results if isinstance(r, Undecodable)]
+        messages = [f"{r.where}: {r.reason}" for r in bad]
+        if not pending:
+            none = torch.empty(0, dtype=torch.int64)
+            return RetrievalBatch(torch.empty(0), none, none, none, len(results), messages)
+        shapes = {pair.image.shape: None for pair in pending}
+        if len(shapes) > 1:
+            raise DataError(
+                f"{self.spec}: the transform returned images of {' and '.join(map(str, shapes))}, "
+                "wanted one size"
+            )
         texts = [caption for pair in pending for caption in pair.captions]
         tokens = self.tokenizer(texts).to(torch.int64)
         if tokens.ndim != 2 or len(tokens) != len(texts):
@@ -140,9 +156,21 @@ class RetrievalReader:
             tokens=tokens,
             captions=torch.tensor([len(pair.captions) for pair in pending]),
             identities=_identities(tokens),
-            tried=self.tried,
-            skipped=self.skipped,
+            tried=len(results),
+            messages=messages,
         )
+
+
+def _slices(
+    places: Iterator[CaptionedSample], size: int, first: int, step: int
+) -> Iterator[CaptionedSample]:
+    """Every `step`-th run of `size` places, from number `first` on."""
+    for number in itertools.count():
+        run = list(itertools.islice(places, size))
+        if not run:
+            return
+        if number % step == first:
+            yield from run
 
 
 def _identities(tokens: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ A figure is `None` where the tower that should be quantized is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from qwt_fx.errors import DataError
 from qwt_fx.evaluate import Progress, embedding_sqnr, finite_features, text_features
 from qwt_fx.feature_store import Series
+from qwt_fx.precision import to_device
+from qwt_fx.ranks import Ranks
 from qwt_fx.retrieval import (
     CROSS_RECALLS,
     CROSS_SIDES,
@@ -85,7 +87,8 @@ def pair_features(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     series: Series | None = None,
-) -> PairFeatures:
+    ranks: Ranks | None = None,
+) -> PairFeatures | None:
     """Embed retrieval data by every model in one walk.
 
     Args:
@@ -94,6 +97,7 @@ def pair_features(
         device: where the towers are.
         progress: called as progress(images, -1).
         series: keeps each batch, and begins with those that an interrupted run has left.
+        ranks: each embeds its batches; the first one gets all of them, the others get `None`.
 
     Raises:
         DataError: damaged data, too many undecodable samples, or features that are not finite.
@@ -101,11 +105,23 @@ def pair_features(
     kept = Series(None, "pairs") if series is None else series
     if kept.last is not None:
         reader.tried, reader.skipped = kept.last["read"][0].tolist()
+    ranks = ranks or Ranks()
+
+    def embedded() -> Iterator[list[tuple[dict[str, Tensor], int, list[str]]]]:
+        for batch in reader.batches(ranks.rank, ranks.world):
+            found = _embed(batch, models, device) if len(batch.images) else {}
+            yield [(found, batch.tried, batch.messages)]
+
     with torch.no_grad():
-        for batch in reader:
-            kept.append(_embed(batch, models, device))
+        for found, tried, messages in ranks.in_order(embedded()):
+            reader.count(tried, messages)
+            if found:
+                kept.append(found | {"read": torch.tensor([[reader.tried, reader.skipped]])})
             if progress is not None:
                 progress(kept.rows, -1)
+    if not ranks.first:
+        return None
+    reader.judge()
     if not len(kept):
         raise DataError(f"{reader.spec}: holds no image-caption pairs, wanted at least one")
     stacked = kept.stacked()
@@ -131,12 +147,12 @@ def _embed(
     for name, towers in models.items():
         image, text = towers["image"], towers["text"]
         if id(image) not in done:
-            done[id(image)] = finite_features(image(batch.images.to(device)), "image")
+            done[id(image)] = finite_features(image(to_device(batch.images, device)), "image")
         if id(text) not in done:
             done[id(text)] = text_features(text, batch.tokens, device=device)
         # A copy: files do not hold one tensor under two names.
         found |= {f"{name}.image": done[id(image)].clone(), f"{name}.text": done[id(text)].clone()}
-    return found | {"read": torch.tensor([[batch.tried, batch.skipped]])}
+    return found
 
 
 def _first_equal(identities: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ block boundary, per batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 from qwt_fx.errors import DataError
 from qwt_fx.graph import get_attr
+from qwt_fx.value_store import Kept, ValueStore
 
 Env = dict[Node, Any]
 
@@ -86,22 +87,79 @@ def execute(gm: GraphModule, node: Node, env: Env) -> Any:
     return get_attr(gm, str(node.target))(*args, **kwargs)
 
 
+class HeldValues(MutableMapping[Node, Any]):
+    """The values of one batch that a runner holds, in its store, and the batch's inputs beside them.
+
+    The inputs are read from the batch whenever they are asked for and are no part of the iteration.
+    """
+
+    def __init__(
+        self, gm: GraphModule, batches: Sequence[Any], index: int, store: ValueStore
+    ) -> None:
+        self._gm, self._batches, self._index, self._store = gm, batches, index, store
+        self._inputs = set(placeholders(gm))
+        self._kept: dict[Node, Kept] = {}
+
+    def __getitem__(self, node: Node) -> Any:
+        if node in self._inputs:
+            return start(self._gm, self._batches[self._index])[node]
+        return self._kept[node].load()
+
+    def __setitem__(self, node: Node, value: Any) -> None:
+        if node in self._kept:
+            self._kept.pop(node).drop()
+        self._kept[node] = self._store.keep(value)
+
+    def __delitem__(self, node: Node) -> None:
+        self._kept.pop(node).drop()
+
+    def discard(self, node: Node) -> None:
+        """Forget a value, if it is held, without loading it."""
+        if node in self._kept:
+            del self[node]
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._kept or node in self._inputs
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(list(self._kept))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+class EachBatch(Sequence[Tensor]):
+    """One node's value of every batch, loaded when it is asked for."""
+
+    def __init__(self, envs: Sequence[HeldValues], node: Node) -> None:
+        self._envs, self._node = envs, node
+
+    def __len__(self) -> int:
+        return len(self._envs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._envs[index][self._node]
+
+
 class BlockRunner:
     """Advances every batch through a graph, node by node, in step.
 
-    The graph may be rewritten between steps behind the point reached.
+    The graph may be rewritten between steps behind the point reached. `store` keeps what is held
+    between steps; by default in memory.
     """
 
-    def __init__(self, gm: GraphModule, batches: Sequence[Any]) -> None:
+    def __init__(
+        self, gm: GraphModule, batches: Sequence[Any], store: ValueStore | None = None
+    ) -> None:
         self.gm = gm
-        self.envs: list[Env] = [start(gm, batch) for batch in batches]
-        self._inputs = set(placeholders(gm))
-        self._done: set[Node] = set(self._inputs)
+        store = store or ValueStore()
+        self.envs = [HeldValues(gm, batches, index, store) for index in range(len(batches))]
+        self._done: set[Node] = set(placeholders(gm))
 
     def advance(self, to: Node, *, keep: Iterable[Node] = ()) -> None:
         """Run every node up to and including `to` for every batch.
 
-        Values that no later node reads are dropped, those in `keep` and the inputs excepted.
+        Values that no later node reads are dropped, those in `keep` excepted.
         """
         nodes = []
         for node in self.gm.graph.nodes:
@@ -109,19 +167,37 @@ class BlockRunner:
                 nodes.append(node)
             if node is to:
                 break
-        kept = set(keep) | self._inputs | {to}
+        kept = set(keep) | {to}
         done = self._done | set(nodes)
-        for env in self.envs:
-            ran = set(self._done)
-            for node in nodes:
-                env[node] = execute(self.gm, node, env)
-                ran.add(node)
-                for source in node.all_input_nodes:
-                    if source not in kept and all(user in ran for user in source.users):
-                        env.pop(source, None)
-            for node in [n for n in env if n not in kept and set(n.users) <= done]:
-                del env[node]
+        for held in self.envs:
+            self._run(nodes, held, kept)
+            for node in [n for n in held if n not in kept and set(n.users) <= done]:
+                del held[node]
         self._done = done
+
+    def release(self) -> None:
+        """Drop everything that is held: the walk is over."""
+        for held in self.envs:
+            for node in held:
+                held.discard(node)
+
+    def _run(self, nodes: list[Node], held: HeldValues, kept: set[Node]) -> None:
+        """Run nodes for one batch; what lives on goes into what is held, once, at the end."""
+        env: Env = {}
+        ran = set(self._done)
+        for node in nodes:
+            for source in node.all_input_nodes:
+                if source not in env and source in held:
+                    env[source] = held[source]
+            env[node] = execute(self.gm, node, env)
+            ran.add(node)
+            for source in node.all_input_nodes:
+                if source not in kept and all(user in ran for user in source.users):
+                    env.pop(source, None)
+                    held.discard(source)
+        for node in nodes:
+            if node in env and (node in kept or not ran.issuperset(node.users)):
+                held[node] = env.pop(node)
 
 
 class Subgraph:

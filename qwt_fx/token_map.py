@@ -11,7 +11,7 @@ them matters. An op outside these classes ends the proof, and every position cou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,32 @@ def token_mask(gm: GraphModule, batch: Any, nodes: Iterable[Node]) -> TokenMask:
         return TokenTracer(gm, batch).trace(set(nodes))
     except NotProved as failure:
         return TokenMask(reason=str(failure))
+
+
+def token_masks(
+    gm: GraphModule, batches: Sequence[Any], nodes: Collection[Node]
+) -> list[TokenMask]:
+    """The proof of each batch; equal tensors, which are most of them, are one tensor."""
+    proofs: list[TokenMask] = []
+    positions: list[Tensor] = []  # of all batches; which rows matter differs between batches
+    for batch in batches:
+        proof = token_mask(gm, batch, nodes)
+        rows: list[Tensor] = []
+        proofs.append(
+            TokenMask(_shared(proof.rows, rows), _shared(proof.positions, positions), proof.reason)
+        )
+    return proofs
+
+
+def _shared(tensors: dict[str, Tensor], known: list[Tensor]) -> dict[str, Tensor]:
+    """Each tensor, or an equal one that is known."""
+    found = {}
+    for name, value in tensors.items():
+        same = next((k for k in known if torch.equal(k, value)), None)
+        if same is None:
+            known.append(value)
+        found[name] = value if same is None else same
+    return found
 
 
 class TokenTracer:

@@ -74,7 +74,9 @@ def gptq(
         return round_to_nearest(weight, scale, zero_point, spec)
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     inverse_order = torch.argsort(order)
-    factor = _inverse_factor(h[order][:, order], _DAMPING * mean)
+    h = h[order][:, order]
+    factor = _inverse_factor(h, _DAMPING * mean)
+    del h
     # Channels are rows here: each step works on contiguous memory.
     left = weight.float().T[order].contiguous()
     rounded = torch.empty_like(left)
@@ -105,6 +107,7 @@ def _inverse_factor(h: Tensor, damping: float) -> Tensor:
         damped = h.clone()
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):

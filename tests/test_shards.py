@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -161,6 +163,37 @@ def test_little_of_a_large_shard_is_read(tmp_path: Path) -> None:
     assert total > 400e6
     assert drawn.shards_touched == 2
     assert drawn.bytes_read + read <= 0.03 * total
+
+
+def bytes_read_by_this_process() -> int:
+    """As the kernel counts them."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads the kernel's counters")
+def test_of_576_shards_of_5000_pairs_little_is_read(tmp_path: Path) -> None:
+    """As large as CC3M: 2.9 million images of 40 kB. Few of the files are real, the others links."""
+    real = [write_sparse_shard(tmp_path / f"real{i}.tar", 5_000, 40_000) for i in range(4)]
+    for i in range(576):
+        os.link(real[i % 4], tmp_path / f"s-{i:04d}.tar")
+    shards = expand(f"{tmp_path}/s-{{0000..0575}}.tar")
+    total = sum(Path(path).stat().st_size for path in shards)
+    before, begun = bytes_read_by_this_process(), time.perf_counter()
+    drawn = sample_locations(shards, 512, seed=1)
+    samples = [next(drawn)]
+    first = time.perf_counter() - begun
+    samples += list(drawn)
+    for sample in samples:
+        with open(sample.shard, "rb", buffering=0) as file:
+            file.seek(sample.image[0])
+            assert len(file.read(sample.image[1])) == 40_000
+    read = bytes_read_by_this_process() - before
+    assert len(set(samples)) == 512
+    assert total > 115e9
+    assert read <= 0.03 * total
+    assert first < 5.0
 
 
 @pytest.mark.parametrize(("n", "spare"), [(0, 0), (1, -1)])

@@ -6,6 +6,7 @@ import argparse
 
 from qwt_fx import config as quant
 from qwt_fx.errors import ConfigError
+from qwt_fx.value_store import parse_size
 
 CHOICES = {"fp32_eval": "none", "image_only": "image", "all_quant": "both"}
 TOWER_SETS = {"none": (), "image": ("image",), "text": ("text",), "both": ("image", "text")}
@@ -35,6 +36,14 @@ def natural(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at least 0")
     return value
+
+
+def size(text: str) -> int:
+    """Bytes."""
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
 def bits(text: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from qwt_fx import api, clip
+from qwt_fx import api, clip, ranks
 from qwt_fx.artifact import Artifact, read_artifact
 from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 from qwt_fx.clip import ClipModel
@@ -68,10 +68,16 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--artifact DIR or --model NAME is needed")
     require_data(args)
     require_target(args, args.report, "--report FILE")
-    screen = Screen(args.quiet)
+    among = ranks.current()
+    refuse_resume(args, among)
+    screen = Screen(args.quiet, muted=not among.first)
     identity = run_identity(args)
     target = None if args.report is None else Path(args.report)
-    report = kept_report(args, target, identity, screen)
+    report = among.from_first(lambda: kept_report(args, target, identity, screen))
+    if not among.first:
+        if report is None:
+            _evaluate(args, screen, FeatureStore(), identity)
+        return
     if report is None:
         store = FeatureStore()
         if target is not None:
@@ -89,10 +95,16 @@ def run_floating(args: argparse.Namespace) -> None:
     args.artifact, args.backend = None, "eager"
     require_data(args)
     require_target(args, args.output, "--output DIR")
-    screen = Screen(args.quiet)
+    among = ranks.current()
+    refuse_resume(args, among)
+    screen = Screen(args.quiet, muted=not among.first)
     identity = run_identity(args)
     target = None if args.output is None else Path(args.output) / REPORT
-    report = kept_report(args, target, identity, screen)
+    report = among.from_first(lambda: kept_report(args, target, identity, screen))
+    if not among.first:
+        if report is None:
+            _evaluate(args, screen, FeatureStore(), identity)
+        return
     if report is None and args.output is None:
         report = _evaluate(args, screen, FeatureStore(), identity)
     elif report is None:
@@ -102,6 +114,12 @@ def run_floating(args: argparse.Namespace) -> None:
                 report = _evaluate(args, screen, partial.store, identity)
                 write_text_atomic(output.path / REPORT, to_json(report))
     finish(args, report, screen)
+
+
+def refuse_resume(args: argparse.Namespace, among: ranks.Ranks) -> None:
+    """Raise `ConfigError` for `--resume` in a run of several processes."""
+    if args.resume and among.world > 1:
+        raise ConfigError("--resume: goes on in one process only; start without torchrun")
 
 
 @dataclass
@@ -180,6 +198,7 @@ def _evaluate(
         pretrained=model.pretrained,
         metrics=metrics,
         seconds={"evaluate": elapsed, "total": elapsed},
+        processes={"count": ranks.current().world, "wire_bytes": ranks.current().wire_bytes},
         run=identity,
     )
 

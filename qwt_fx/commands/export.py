@@ -16,7 +16,7 @@ from qwt_fx.commands.arguments import add_calibration, add_common, add_model
 from qwt_fx.commands.inputs import load_batches, load_model
 from qwt_fx.commands.pipeline import TOWERS
 from qwt_fx.commands.screen import Screen, megabytes
-from qwt_fx.commands.verify import noise_batches, verify
+from qwt_fx.commands.verify import Pairs, noise_batches, verify
 from qwt_fx.errors import ConfigError, MissingExtraError
 from qwt_fx.output import PREPROCESS, OutputDirectory, write_text_atomic
 from qwt_fx.version import __version__
@@ -175,7 +175,7 @@ def _verify(
 ) -> None:
     if args.train_data is None:
         screen.note("--verify without --train-data: the inputs are seeded noise, not real pairs")
-        batches = noise_batches(model)
+        batches: Pairs = noise_batches(model)
     else:
         batches = load_batches(args, model, screen, 0, None).batches
     floating = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qwt_fx import clip
+from qwt_fx import clip, ranks
 from qwt_fx.classes import ClassPrompts, resolve
 from qwt_fx.clip import ClipModel
 from qwt_fx.commands.arguments import samples_of
@@ -18,14 +18,19 @@ from qwt_fx.data import CalibrationData, load_calibration
 from qwt_fx.errors import ConfigError
 from qwt_fx.feature_store import FeatureStore
 from qwt_fx.imagefolder import open_validation
+from qwt_fx.kept_batches import KeptBatches
 from qwt_fx.retrieval_data import RetrievalReader
+from qwt_fx.share import Share
+from qwt_fx.value_store import ValueStore
 
 
 def device_of(args: argparse.Namespace) -> str:
     """The device `--device` names. Raises `ConfigError` when it is unknown or absent."""
     name = args.device
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.launched() and name.startswith("cuda"):
+        return _own_gpu(name)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -35,6 +40,18 @@ def device_of(args: argparse.Namespace) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are here")
     return str(device)
+
+
+def _own_gpu(name: str) -> str:
+    """The GPU of one process among several: each needs its own."""
+    number, count = ranks.local_rank(), torch.cuda.device_count()
+    if name != "cuda" or number >= count:
+        raise ConfigError(
+            f"--device {name}: {count} CUDA devices are here, and process {number} of this machine "
+            f"wants number {number} for itself; start as many processes as there are GPUs, with "
+            "--device cuda, or use --device cpu"
+        )
+    return f"cuda:{number}"
 
 
 def load_model(args: argparse.Namespace) -> ClipModel:
@@ -50,14 +67,39 @@ def load_model(args: argparse.Namespace) -> ClipModel:
     )
 
 
+def deal_batches(
+    args: argparse.Namespace,
+    model: ClipModel,
+    screen: Screen,
+    extra_batches: int,
+    prompts: ClassPrompts | None,
+    store: ValueStore | None = None,
+) -> tuple[Share, CalibrationData | None]:
+    """As `load_batches`, read by the first rank: this rank's share, and there all that was read."""
+    among = ranks.current()
+    data = None
+    if among.first:
+        data = load_batches(args, model, screen, extra_batches, prompts, store)
+    sizes = among.from_first(lambda: [] if data is None else [len(b[0]) for b in data.batches])
+    Share([], sizes, among)  # enough for all, before they travel
+    if data is not None and among.world == 1:
+        return Share(data.batches, sizes, among), data
+    dealt = among.deal([] if data is None else data.batches)
+    return Share(dealt if store is None else KeptBatches.of(dealt, store), sizes, among), data
+
+
 def load_batches(
     args: argparse.Namespace,
     model: ClipModel,
     screen: Screen,
     extra_batches: int,
     prompts: ClassPrompts | None,
+    store: ValueStore | None = None,
 ) -> CalibrationData:
-    """Calibration pairs; `extra_batches` more than asked for (an off-by-one of the original)."""
+    """Calibration pairs; `extra_batches` more than asked for (an off-by-one of the original).
+
+    `store` keeps them, by default memory.
+    """
     if args.train_data is None:
         raise ConfigError("--train-data is needed: calibration shards, a folder or a csv file")
     with screen.phase("read calibration data") as update:
@@ -72,6 +114,7 @@ def load_batches(
             workers=args.workers,
             class_prompts=prompts,
             progress=update,
+            store=store,
         )
     for note in data.notes:
         screen.note(note)
@@ -99,7 +142,8 @@ def open_evaluation(
     for note in prompts.notes:
         screen.note(note)
     words = [word for k in range(len(prompts.names)) for word in prompts.prompts(k)]
-    return Evaluation(folder, prompts, model.tokenizer(words), model.device, store)
+    tokens = model.tokenizer(words)
+    return Evaluation(folder, prompts, tokens, model.device, store, ranks.current())
 
 
 def open_retrieval(
@@ -115,4 +159,4 @@ def open_retrieval(
         getattr(args, "batch_size", 128),
         args.workers,
     )
-    return Retrieval(reader, model.device, store)
+    return Retrieval(reader, model.device, store, ranks.current())

@@ -1,12 +1,17 @@
-"""`quantize --resume`: the calibrated artifact in `DIR.partial/` is taken, not made again.
+"""`quantize --resume`: what lies in `DIR.partial/` is taken, not made again.
 
-`calibrated.json` stands beside it once it is complete, with what the report says of the calibration.
-The embeddings of an interrupted evaluation lie in `evaluation/` (see `qwt_fx.feature_store`).
+    calibration/       checkpoints of an unfinished calibration (see `tower_checkpoints`)
+    activations/       what `--memory-budget` leaves no room for (see `qwt_fx.value_store`)
+    calibrated.json    beside the artifact once that is complete: what the report says of its making
+    evaluation/        the embeddings of an interrupted evaluation (see `qwt_fx.feature_store`)
+
+Nothing of it is left when the run is complete.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,11 +20,14 @@ from qwt_fx.artifact import read_artifact
 from qwt_fx.artifact_index import INDEX
 from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 from qwt_fx.commands.pipeline import QuantizedClip
+from qwt_fx.commands.tower_checkpoints import TowerCheckpoints
 from qwt_fx.feature_store import FeatureStore
 from qwt_fx.output import write_text_atomic
 
 _STATE = "calibrated.json"
 _EVALUATION = "evaluation"
+_CALIBRATION = "calibration"
+ACTIVATIONS = "activations"
 
 
 class PartialRun:
@@ -31,12 +39,15 @@ class PartialRun:
 
     Attributes:
         store: embeddings of the evaluation.
+        towers: checkpoints of the calibration.
         known: report entries of the finished calibration; `None` when it is still to be done.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, resume: bool) -> None:
         self._folder = folder
+        shutil.rmtree(folder / ACTIVATIONS, ignore_errors=True)  # of a run that was killed
         self.store = FeatureStore.open(folder / _EVALUATION, identity["settings"], resume=resume)
+        self.towers = TowerCheckpoints(folder / _CALIBRATION)
         self.known: dict[str, Any] | None = None
         # The store was just checked to be this run's: so is the state, which comes after it.
         if (folder / _STATE).is_file() and (folder / INDEX).is_file():
@@ -46,6 +57,7 @@ class PartialRun:
         """The artifact is complete: remember what the report says of its making."""
         write_text_atomic(self._folder / _STATE, json.dumps(known) + "\n")
         self.known = known
+        self.towers.remove()
 
     def load(self, towers: tuple[str, ...], device: str) -> QuantizedClip:
         """The calibrated towers; the same bits as before they were saved."""
@@ -64,7 +76,9 @@ class PartialRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None or self.known is None:  # else its settings are still needed
+        resumable = self.known is not None or self.towers.any
+        if kind is None or not resumable:  # else its settings are still needed
             self.store.__exit__(kind, error, trace)
+            self.towers.remove()
         if kind is None:
             (self._folder / _STATE).unlink(missing_ok=True)

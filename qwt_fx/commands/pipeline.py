@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,13 +17,19 @@ from qwt_fx.classes import ClassPrompts
 from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 from qwt_fx.clip import ClipModel
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.tower_checkpoints import FinishedTower, TowerCheckpoints
 from qwt_fx.config import QuantConfig
 from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_features, zero_shot
 from qwt_fx.feature_store import FeatureStore
 from qwt_fx.graph import layer_name, weight_layers
+from qwt_fx.kept_batches import KeptBatches
 from qwt_fx.measure import sqnr_db, tensors_of
 from qwt_fx.observe import observe
+from qwt_fx.precision import to_device
+from qwt_fx.ranks import Ranks
 from qwt_fx.recipes import recipe_for
+from qwt_fx.share import Share
+from qwt_fx.value_store import ValueStore
 
 TOWERS = ("image", "text")
 
@@ -44,34 +50,35 @@ class QuantizedClip:
 def quantize_towers(
     model: ClipModel,
     graphs: dict[str, GraphModule],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, Tensor]] | Share,
     config: QuantConfig,
     towers: Sequence[str],
     screen: Screen,
+    checkpoints: TowerCheckpoints | None = None,
+    store: ValueStore | None = None,
 ) -> QuantizedClip:
     """Quantize the named towers, the image tower first; `batches` are (images, texts).
 
-    `graphs` are the captured towers; the others are taken as they are.
+    `graphs` are the captured towers; the others are taken as they are. The classifier is known on
+    the first rank alone. `checkpoints` keep what is found on the way, `store` the activations. `seconds`
+    of a resumed run are its own and those of the towers it found finished.
     """
+    share = Share.of(batches)
+    kept = checkpoints or TowerCheckpoints()
     seconds: dict[str, float] = {}
     result = dict(graphs)
     classifier = FLOATING_CLASSIFIER
     for index, tower in enumerate(TOWERS):
         if tower not in towers:
             continue
-        inputs = [(batch[index].to(model.device),) for batch in batches]
-        prepared = api.prepare(graphs[tower], config_of_tower(config, graphs, tower))
-        published = recipe_for(config).layers is None
-        if tower == "image" and published:
-            # The published code finds the classifier's range in the very run that finds all others.
-            observe(prepared, inputs)
-            classifier = _observe_classifier(prepared, inputs, config, seconds)
-        with screen.phase(f"{tower} tower: calibrate") as update:
-            bar = partial(_advance, update)
-            api.calibrate(prepared, inputs, seconds=seconds, progress=bar)
-        if tower == "image" and not published:
-            classifier = _observe_classifier(prepared, inputs, config, seconds)
-        result[tower] = api.convert(prepared)
+        inputs = _inputs(share, index, model.device)
+        done = _quantize_tower(
+            tower, graphs[tower], inputs, config_of_tower(config, graphs, tower), screen, kept,
+            store or ValueStore(),
+        )  # fmt: skip
+        result[tower], classifier = done.graph, done.classifier or classifier
+        for phase, spent in done.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
     return QuantizedClip(result, tuple(towers), classifier, seconds)
 
 
@@ -91,20 +98,66 @@ def config_of_tower(
     return config.replace(overrides=kept)
 
 
+def _inputs(share: Share, index: int, device: str | torch.device) -> Share:
+    """What one tower reads of each batch."""
+    if isinstance(share.batches, KeptBatches):
+        return Share(share.batches.column(index, device), share.sizes, share.ranks)
+    return share.map(lambda batch: (to_device(batch[index], device),))
+
+
+def _quantize_tower(
+    tower: str,
+    graph: GraphModule,
+    inputs: Share,
+    config: QuantConfig,
+    screen: Screen,
+    checkpoints: TowerCheckpoints,
+    store: ValueStore,
+) -> FinishedTower:
+    """One tower, quantized now or by the run that was cut off."""
+    seconds: dict[str, float] = {}
+    prepared = api.prepare(graph, config)
+    checkpoint = checkpoints.open(tower, prepared, inputs, inputs.batches[0][0].device)
+    for note in checkpoint.notes:
+        screen.note(note)
+    if checkpoint.finished is not None:
+        screen.note(f"--resume: the {tower} tower is calibrated already")
+        return checkpoint.finished
+    classifier = None
+    published = recipe_for(config).layers is None
+    if tower == "image" and published:
+        # The published code finds the classifier's range in the very run that finds all others.
+        observe(prepared, inputs, checkpoint.journal)
+        classifier = _observe_classifier(prepared, inputs, config, seconds)
+    with screen.phase(f"{tower} tower: calibrate") as update:
+        bar = partial(_advance, update)
+        api.calibrate(
+            prepared, inputs, seconds=seconds, progress=bar, checkpoint=checkpoint.journal,
+            memory_budget=store,
+        )  # fmt: skip
+    if tower == "image" and not published:
+        classifier = _observe_classifier(prepared, inputs, config, seconds)
+    done = FinishedTower(api.convert(prepared), classifier, seconds)
+    checkpoint.finish(done)
+    return done
+
+
 def _advance(update: Callable[[int, int], None], phase: str, done: int, total: int) -> None:
     update(done, total)
 
 
 def _observe_classifier(
     prepared: GraphModule,
-    inputs: Sequence[tuple[Tensor]],
+    inputs: Share,
     config: QuantConfig,
     seconds: dict[str, float],
 ) -> ClassifierQuantizer:
     """The range of the classifier's input, from the quantized tower's features of the first batch."""
+    if not inputs.ranks.first:
+        return FLOATING_CLASSIFIER
     begun = time.perf_counter()
     with torch.no_grad():
-        features = prepared(*inputs[0])
+        features = prepared(*inputs.batches[0])
     classifier = ClassifierQuantizer.observe(features, config)
     seconds["calibrate"] = seconds.get("calibrate", 0.0) + time.perf_counter() - begun
     return classifier
@@ -130,12 +183,15 @@ class Evaluation:
     tokens: Tensor
     device: str | torch.device
     store: FeatureStore = field(default_factory=FeatureStore)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def image(self, tower: nn.Module, screen: Screen, name: str) -> tuple[Tensor, Tensor]:
         """Image embeddings (n, e) and labels (n,)."""
         with screen.phase(f"{name}: images") as update:
             series = self.store.series(f"{name}-images")
-            features, folders = image_features(tower, self.batches, self.device, update, series)
+            features, folders = image_features(
+                tower, self.batches, self.device, update, series, self.ranks
+            )
         classes = [self.prompts.class_of(k) for k in range(self.prompts.folders)]
         return features, torch.tensor(classes)[folders]
 
@@ -144,7 +200,12 @@ class Evaluation:
         with screen.phase(f"{name}: prompts") as update:
             series = self.store.series(f"{name}-prompts")
             return text_features(
-                tower, self.tokens, device=self.device, progress=update, series=series
+                tower,
+                self.tokens,
+                device=self.device,
+                progress=update,
+                series=series,
+                ranks=self.ranks,
             )
 
     def quantized(self, result: QuantizedClip, reference: Features, screen: Screen) -> Features:
@@ -175,8 +236,13 @@ def metrics_of(
     towers: Sequence[str],
     classifier: ClassifierQuantizer,
 ) -> dict[str, Any]:
-    """The `metrics` entry of report.json; a side that was not evaluated stays `null`."""
+    """The `metrics` entry of report.json; a side that was not evaluated stays `null`.
+
+    Empty but on the first rank, which alone has all features.
+    """
     metrics: dict[str, Any] = {}
+    if not evaluation.ranks.first:
+        return metrics
     exact = None if reference is None else evaluation.classify(reference)
     if exact is not None:
         metrics["fp32"] = exact.to_dict()
@@ -192,19 +258,24 @@ def metrics_of(
 def calibration_sqnr(
     graphs: dict[str, GraphModule],
     result: QuantizedClip,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, Tensor]] | Share,
     device: str | torch.device,
 ) -> dict[str, float | None]:
-    """Embedding SQNR in dB of the quantized towers on the calibration samples."""
+    """Embedding SQNR in dB of the quantized towers on the calibration samples; on the first rank."""
+    share = Share.of(batches)
     found: dict[str, float | None] = dict.fromkeys(TOWERS)
     for index, tower in enumerate(TOWERS):
         if tower not in result.quantized:
             continue
-        exact, rounded = [], []
+        sides, inputs = (graphs[tower], result.towers[tower]), _inputs(share, index, device)
+
+        def embedded(at: int, inputs: Share = inputs, sides: Any = sides) -> Iterator[Any]:
+            (batch,) = inputs.batches[at]
+            yield [tensors_of(side(batch)) for side in sides]
+
         with torch.no_grad():
-            for batch in batches:
-                inputs = batch[index].to(device)
-                exact += tensors_of(graphs[tower](inputs))
-                rounded += tensors_of(result.towers[tower](inputs))
-        found[tower] = sqnr_db(torch.cat(exact), torch.cat(rounded))
+            both = list(share.in_order(embedded))
+        if share.ranks.first:
+            exact, rounded = (torch.cat([t for pair in both for t in pair[k]]) for k in range(2))
+            found[tower] = sqnr_db(exact, rounded)
     return found

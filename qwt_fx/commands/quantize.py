@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from qwt_fx import ranks
 from qwt_fx.artifact import read_artifact, write_artifact
 from qwt_fx.classes import ClassPrompts
 from qwt_fx.clip import ClipModel, to_extra
@@ -20,10 +21,11 @@ from qwt_fx.commands.arguments import (
     add_model,
     add_quant,
     quant_config,
+    size,
     towers_of,
 )
-from qwt_fx.commands.inputs import load_batches, load_model, open_evaluation, open_retrieval
-from qwt_fx.commands.partial_run import PartialRun
+from qwt_fx.commands.inputs import deal_batches, load_model, open_evaluation, open_retrieval
+from qwt_fx.commands.partial_run import ACTIVATIONS, PartialRun
 from qwt_fx.commands.pipeline import (
     QuantizedClip,
     calibration_sqnr,
@@ -35,12 +37,15 @@ from qwt_fx.commands.results import finish, kept_report
 from qwt_fx.commands.retrieval import with_retrieval
 from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.tower_checkpoints import TowerCheckpoints
 from qwt_fx.config import QuantConfig
 from qwt_fx.data import CalibrationData
 from qwt_fx.errors import CheckFailed, ConfigError
+from qwt_fx.feature_store import FeatureStore
 from qwt_fx.output import REPORT, OutputDirectory, write_text_atomic
 from qwt_fx.quantizers import compensation_bytes
 from qwt_fx.report import build_report, to_json
+from qwt_fx.value_store import ValueStore
 
 EXAMPLE = """\
 example:
@@ -61,6 +66,13 @@ def add_parser(commands: Any) -> None:
     )
     for add in (add_model, add_calibration, add_quant, add_eval):
         add(parser)
+    parser.add_argument_group("memory").add_argument(
+        "--memory-budget",
+        type=size,
+        metavar="SIZE",
+        help="of activations held in memory, such as 2GB: those beyond it and the calibration's "
+        "inputs go to files in DIR.partial (default: no limit, no files)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="DIR", help="artifact folder")
     output.add_argument("--force", action="store_true", help="replace a folder of another kind")
@@ -88,9 +100,15 @@ def run(args: argparse.Namespace) -> None:
     if args.max_drop is not None and args.imagenet_val is None:
         raise ConfigError("--max-drop needs --imagenet-val")
     config = quant_config(args)
-    screen = Screen(args.quiet)
+    among = ranks.current()
+    evaluate_command.refuse_resume(args, among)
+    screen = Screen(args.quiet, muted=not among.first)
     identity = run_identity(args)
-    report = _kept(args, config, identity, screen)
+    report = among.from_first(lambda: _kept(args, config, identity, screen))
+    if not among.first:
+        if report is None:
+            _quantize(args, config, towers, screen, None, None)
+        return
     if report is None:
         target = Path(args.output)
         with OutputDirectory(target, force=args.force, resume=args.resume) as output:
@@ -119,22 +137,27 @@ def _quantize(
     config: QuantConfig,
     towers: tuple[str, ...],
     screen: Screen,
-    folder: Path,
-    partial: PartialRun,
+    folder: Path | None,
+    partial: PartialRun | None,
 ) -> dict[str, Any]:
+    """The report; without a folder, on all ranks but the first, an empty one."""
     begun = time.perf_counter()
     model = load_model(args)
-    evaluation = open_evaluation(args, model, screen, partial.store)
-    retrieval = open_retrieval(args, model, partial.store)
+    store = FeatureStore() if partial is None else partial.store
+    evaluation = open_evaluation(args, model, screen, store)
+    retrieval = open_retrieval(args, model, store)
     seconds: dict[str, float] = {}
     graphs = capture_towers(model, seconds)
-    if partial.known is not None:
+    if partial is not None and partial.known is not None:
         screen.note("--resume: calibrated already; going on with the evaluation")
         result, known = partial.load(towers, model.device), partial.known
     else:
         prompts = None if evaluation is None else evaluation.prompts
-        result, known = _calibrate(args, config, towers, screen, folder, model, graphs, prompts)
-        if config.compat != "original":  # which is not saved
+        checkpoints = TowerCheckpoints() if partial is None else partial.towers
+        result, known = _calibrate(
+            args, config, towers, screen, folder, model, graphs, prompts, checkpoints
+        )
+        if partial is not None and config.compat != "original":  # which is not saved
             partial.keep(known)
     started = time.perf_counter()
     metrics: dict[str, Any] = {}
@@ -146,6 +169,8 @@ def _quantize(
         chosen = {t: (result.towers if t in towers else graphs)[t] for t in graphs}
         sides = {"fp32": graphs, "quantized": chosen}
         metrics = with_retrieval(metrics, retrieval.measure(sides, towers, screen))
+    if folder is None:
+        return {}
     if metrics:
         seconds["evaluate"] = time.perf_counter() - started
     else:
@@ -161,6 +186,7 @@ def _quantize(
         metrics=metrics,
         size=known["size"],
         seconds=known["seconds"] | seconds,
+        processes={"count": ranks.current().world, "wire_bytes": ranks.current().wire_bytes},
     )
 
 
@@ -169,19 +195,26 @@ def _calibrate(
     config: QuantConfig,
     towers: tuple[str, ...],
     screen: Screen,
-    folder: Path,
+    folder: Path | None,
     model: ClipModel,
     graphs: dict[str, GraphModule],
     prompts: ClassPrompts | None,
+    checkpoints: TowerCheckpoints,
 ) -> tuple[QuantizedClip, dict[str, Any]]:
-    """The quantized towers, saved in `folder`, and the report's entries about their making."""
+    """The quantized towers, saved in `folder` if any, and the report's entries about their making."""
     # The original reads one batch more when it quantizes both towers (QwT quirk 19).
     extra = 1 if config.compat == "original" and len(towers) == 2 else 0
-    data = load_batches(args, model, screen, extra, prompts)
-    result = quantize_towers(model, graphs, data.batches, config, towers, screen)
-    sqnr = None
-    if args.imagenet_val is None and args.retrieval_data is None:
-        sqnr = calibration_sqnr(graphs, result, data.batches, model.device)
+    # Each process has files of its own; those of the first lie where the run lies.
+    files = None if folder is None else folder / ACTIVATIONS
+    with ValueStore(args.memory_budget, files) as store:
+        kept = None if args.memory_budget is None else store
+        share, data = deal_batches(args, model, screen, extra, prompts, kept)
+        result = quantize_towers(model, graphs, share, config, towers, screen, checkpoints, store)
+        sqnr = None
+        if args.imagenet_val is None and args.retrieval_data is None:
+            sqnr = calibration_sqnr(graphs, result, share, model.device)
+    if folder is None or data is None:
+        return result, {}
     size = save_clip(folder, model, result, config, screen)
     return result, {
         "calibration": calibration_entry(data),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from qwt_fx.commands.screen import Screen
 from qwt_fx.feature_store import FeatureStore
+from qwt_fx.ranks import Ranks
 from qwt_fx.retrieval_data import RetrievalReader
 from qwt_fx.retrieval_metrics import FP32, QUANTIZED, pair_features, retrieval_metrics
 
@@ -22,6 +23,7 @@ class Retrieval:
     reader: RetrievalReader
     device: str | torch.device
     store: FeatureStore
+    ranks: Ranks = field(default_factory=Ranks)
 
     def measure(
         self,
@@ -29,10 +31,15 @@ class Retrieval:
         towers: Sequence[str],
         screen: Screen,
     ) -> dict[str, Any]:
-        """Embed the pairs by every model ("fp32", "quantized"); see `retrieval_metrics`."""
+        """Embed the pairs by every model ("fp32", "quantized"); see `retrieval_metrics`.
+
+        Empty but on the first rank.
+        """
         with screen.phase("retrieval: pairs") as update:
             series = self.store.series("pairs")
-            features = pair_features(self.reader, models, self.device, update, series)
+            features = pair_features(self.reader, models, self.device, update, series, self.ranks)
+        if features is None:
+            return {}
         for note in self.reader.notes():
             screen.note(f"retrieval: {note}")
         shared = features.counts()["shared_captions"]

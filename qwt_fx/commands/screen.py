@@ -14,13 +14,19 @@ from qwt_fx.retrieval import RECALLS
 
 
 class Screen:
-    """Progress bars where stderr is a terminal and `quiet` is off; notes always reach stderr."""
+    """Progress bars where stderr is a terminal and `quiet` is off; notes always reach stderr.
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.bars = not quiet and sys.stderr.isatty()
+    One of several processes speaks; the others' screens are `muted`.
+    """
+
+    def __init__(self, quiet: bool = False, *, muted: bool = False) -> None:
+        self.muted = muted
+        self.bars = not quiet and not muted and sys.stderr.isatty()
 
     def note(self, text: str) -> None:
         """One line on stderr."""
+        if self.muted:
+            return
         tqdm.write(f"qwt-fx: {text}", file=sys.stderr)
 
     @contextmanager

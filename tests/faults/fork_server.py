@@ -1,9 +1,9 @@
 """Runs `qwt-fx` many times without importing torch each time: one JSON request a line, one answer.
 
 Each request is a real process of its own, forked before any work: its own signal handlers, files and
-exit status. A request names the command's words and, optionally, at which call of which phase the
-process sends itself a signal, after how many seconds it gets one, how large a file it may write, or
-when it loses the right to write.
+exit status; with "ranks": N it is N of them, started as torchrun does. A request names the command's
+words and, optionally, at which call of which phase the process sends itself a signal, after how many
+seconds it gets one, how large a file it may write, or when it loses the right to write.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 import qwt_fx.artifact
 import qwt_fx.commands.inputs
 import qwt_fx.commands.quantize
 from qwt_fx import api, cli
 from qwt_fx.commands.pipeline import Evaluation
+from qwt_fx.commands.tower_checkpoints import _Stored
+from qwt_fx.journal import StoredJournal
 from qwt_fx.passes.insert_compensation import _Walk
 
-LIMIT = 120.0
+LIMIT = 300.0
 NOBODY = 65534
 
 # Where a run is: (object, name of the function that begins the phase).
@@ -37,6 +40,10 @@ PHASES: dict[str, tuple[Any, str]] = {
     "calibrate": (api, "calibrate"),
     "compensate": (_Walk, "block"),
     "convert": (api, "convert"),
+    "step": (StoredJournal, "once"),
+    "checkpoint": (StoredJournal, "commit"),
+    "finish": (_Stored, "finish"),
+    "forget": (StoredJournal, "forget"),
     "evaluate": (Evaluation, "quantized"),
     "save": (qwt_fx.artifact, "save_file"),
     "index": (qwt_fx.artifact, "index_document"),
@@ -60,7 +67,7 @@ def _hook(phase: str, call: int, act: Callable[[], None]) -> None:
 
 
 def _child(request: dict[str, Any]) -> None:
-    with open(request["stderr"], "wb") as file:
+    with open(request["stderr"], "ab") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
     if "file_bytes" in request:
@@ -83,6 +90,9 @@ def _child(request: dict[str, Any]) -> None:
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
+    open(request["stderr"], "wb").close()
+    if "ranks" in request:
+        return _run_ranks(request)
     begun = time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -99,6 +109,31 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         if elapsed > LIMIT:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
+
+
+def _run_ranks(request: dict[str, Any]) -> dict[str, Any]:
+    """All ranks at once; "at" and "signal" are for the one that "rank" names."""
+    # The store belongs to the launcher, and outlives the ranks.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.environ |= {"WORLD_SIZE": str(request["ranks"]), "MASTER_PORT": str(store.port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    running, codes = {}, [0] * request["ranks"]
+    begun = time.monotonic()
+    for rank in range(request["ranks"]):
+        if (pid := os.fork()) == 0:
+            os.environ["RANK"] = str(rank)
+            _child({k: v for k, v in request.items() if k != "at" or rank == request["rank"]})
+        running[pid] = rank
+    del os.environ["WORLD_SIZE"]
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() - begun > LIMIT:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return {"code": max(codes, key=abs), "codes": codes, "seconds": time.monotonic() - begun}
 
 
 if __name__ == "__main__":

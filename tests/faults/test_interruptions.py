@@ -21,7 +21,11 @@ BEGINNINGS = [
     (phase, 0)
     for phase in "load read capture calibrate compensate convert evaluate save index report".split()
 ]
-LATER = [("capture", 1), ("calibrate", 1), ("compensate", 3), ("save", 1), ("commit", 1)]
+# Each tower is saved, with an index, when it is finished, and again with the artifact.
+LATER = [
+    ("capture", 1), ("calibrate", 1), ("compensate", 3), ("save", 2), ("save", 3), ("index", 2),
+    ("commit", 1),
+]  # fmt: skip
 MOMENTS = [
     (number, *moment)
     for number in SIGNALS
@@ -74,7 +78,7 @@ def test_every_signal_at_every_phase(
     program, clip_files, output: Path, number: int, phase: str, call: int
 ) -> None:
     cut_off(program, clip_files, output, number, phase, call)
-    if number == signal.SIGKILL and (phase, call) in (("commit", 1), ("save", 1)):
+    if number == signal.SIGKILL and (phase, call) in (("commit", 1), ("save", 3)):
         assert program.run(clip_files.words(output)) == 0, program.said
         read_artifact(output)
         assert [p.name for p in output.parent.iterdir()] == [output.name]
