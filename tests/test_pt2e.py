@@ -29,6 +29,7 @@ UNSEEN = tokens(16, seed=3)
 
 
 def sqnr(wanted: Tensor, got: Tensor) -> float:
+    wanted, got = wanted.detach(), got.detach()
     return float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
 
 
@@ -47,6 +48,11 @@ def quantized(gm: GraphModule, quantizer: QwTQuantizer) -> GraphModule:
     for x in BATCHES:
         prepared(x)
     return convert_pt2e(prepared)
+
+
+@pytest.fixture(scope="module")
+def usual(floating: GraphModule) -> GraphModule:
+    return quantized(floating, QwTQuantizer(CONFIG))
 
 
 class Inputs(Interpreter):
@@ -81,13 +87,14 @@ def found_qparams(gm: GraphModule) -> dict[str, tuple[tuple[float, int], tuple[T
     return found
 
 
-def test_scales_are_those_of_the_extremes_computed_by_hand(floating: GraphModule) -> None:
-    q = quantized(floating, QwTQuantizer(CONFIG))
+def test_scales_are_those_of_the_extremes_computed_by_hand(
+    floating: GraphModule, usual: GraphModule
+) -> None:
     inputs = Inputs(floating)
     with torch.no_grad():
         for x in BATCHES:
             inputs.run(x)
-    found = found_qparams(q)
+    found = found_qparams(usual)
     assert found.keys() == inputs.extremes.keys()
     assert len(found) == 12
     weights = {layer_name(n): n.args[1] for n in floating.graph.nodes if n.target is LINEAR}
@@ -101,13 +108,13 @@ def test_scales_are_those_of_the_extremes_computed_by_hand(floating: GraphModule
         assert torch.equal(zeros, torch.round(-lows / scales).long())
 
 
-def test_layers_that_read_one_value_share_its_quantizer(floating: GraphModule) -> None:
-    found = found_qparams(quantized(floating, QwTQuantizer(CONFIG)))
+def test_layers_that_read_one_value_share_its_quantizer(usual: GraphModule) -> None:
+    found = found_qparams(usual)
     q, k, v = (found[f"blocks.0.{n}"][0] for n in "qkv")
     assert q == k == v
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "histogram"])
+@pytest.mark.parametrize("ranges", ["minmax", pytest.param("histogram", marks=pytest.mark.slow)])
 def test_reparameterized_it_is_as_good_as_our_own_and_better_than_without(
     model: nn.Module, floating: GraphModule, ranges: Any
 ) -> None:
