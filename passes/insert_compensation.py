@@ -146,9 +146,12 @@ class _Walk:
         self.judges = self.share.of_mine(torch.split(held_out, self.share.sizes))
         # Block by block: compensating a block renames the next one's input.
         boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
-        proofs = token_masks(gm, self.batches, boundary) if compensation.token_masks else []
+        constant = graph_info(gm).constant_token is not None
+        masked = compensation.token_masks
+        proofs = token_masks(gm, self.batches, boundary) if masked or constant else []
         self.masks: list[list[Tensor | None]] = [
-            [proof.rows.get(source.name) for proof in proofs] or [None] * len(self.batches)
+            [p.counting(source.name, behind_end=masked, first=not constant) for p in proofs]
+            or [None] * len(self.batches)
             for source in boundary
         ]
 

@@ -115,13 +115,8 @@ class Lockstep:
 
         behind_end: leave out positions behind the end of a text where they provably cannot matter.
         """
-        proof = self._tokens[index]
-        mask = proof.rows.get(source.name) if behind_end else None
-        if not self.first_is_constant or source.name not in proof.positions:
-            return mask
-        # Nothing reads position 0 but attention, and there it was replaced by constants.
-        moving = proof.positions[source.name] != 0
-        return moving if mask is None else mask & moving
+        first = not self.first_is_constant
+        return self._tokens[index].counting(source.name, behind_end=behind_end, first=first)
 
     @property
     def first_is_constant(self) -> bool:

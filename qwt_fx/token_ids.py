@@ -66,6 +66,19 @@ class TokenMask:
     positions: dict[str, Tensor] = field(default_factory=dict)
     reason: str | None = None
 
+    def counting(self, name: str, *, behind_end: bool, first: bool) -> Tensor | None:
+        """Which rows of a node count, bool (rows,); `None` for all of them.
+
+        behind_end: leave out positions behind the end of a text where they provably cannot matter.
+        first: whether position 0 counts. It does not where attention alone reads it, and constants
+            were put in its place there; its error is nobody's then, and may exceed all others.
+        """
+        rows = self.rows.get(name) if behind_end else None
+        if first or name not in self.positions:
+            return rows
+        moving = self.positions[name] != 0
+        return moving if rows is None else rows & moving
+
 
 class NotProved(Exception):
     """The graph does something the proof does not cover."""

@@ -9,6 +9,7 @@ from qwt_fx.config import QuantConfig
 from qwt_fx.graph import find_node, graph_info
 from qwt_fx.observe import fake_quant_nodes
 from qwt_fx.passes import DecomposeAttention
+from qwt_fx.token_ids import TokenMask
 from qwt_fx.token_map import token_mask
 
 LENGTH = 9
@@ -113,3 +114,19 @@ def test_images_get_no_mask() -> None:
     assert token_mask(gm, torch.randn(2, 3, 8), []).reason == (
         "the input is not one tensor of token ids"
     )
+
+
+def test_rows_that_count_leave_out_padding_and_a_constant_first_position() -> None:
+    rows = torch.tensor([True, True, False])
+    proof = TokenMask({"x": rows}, {"x": torch.arange(3), "y": torch.tensor([1, 0, 2])})
+
+    def counting(name: str, behind_end: bool, first: bool) -> list[bool] | None:
+        found = proof.counting(name, behind_end=behind_end, first=first)
+        return None if found is None else found.tolist()
+
+    assert counting("x", True, True) == [True, True, False]
+    assert counting("x", True, False) == [False, True, False]
+    assert counting("x", False, False) == [False, True, True]
+    assert counting("y", True, False) == [True, False, True]
+    assert counting("x", False, True) is None
+    assert counting("z", True, False) is None
