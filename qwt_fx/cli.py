@@ -7,6 +7,7 @@ failed; 130 / 143 on SIGINT / SIGTERM.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -147,7 +148,9 @@ def _say(reason: str) -> None:
     """Why the run ends; of several processes, the first to know says it."""
     among = ranks.current()
     if among.may_report() if among.world > 1 else ranks.launched_first():
-        sys.stderr.write(f"qwt-fx: error: {reason}\n")
+        # Where a full disk takes the log too, the exit code still tells.
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"qwt-fx: error: {reason}\n")
 
 
 def _shown(name: object) -> str:
