@@ -7,14 +7,13 @@ failed; 130 / 143 on SIGINT / SIGTERM.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,6 +23,7 @@ from qwt_fx import ranks
 from qwt_fx.commands import bench, demo, evaluate, export, inspect, quantize, sensitivity
 from qwt_fx.commands.config_file import config_arguments
 from qwt_fx.commands.inputs import device_of
+from qwt_fx.device_memory import first_line
 from qwt_fx.errors import CheckFailed, ConfigError, QwtError
 from qwt_fx.version import __version__
 
@@ -132,8 +132,8 @@ def _run(words: list[str]) -> int:
     except torch.OutOfMemoryError as error:
         if "--debug" in words:
             raise
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        _say(f"out of memory on the device: {reason}; use a smaller --batch-size or --device cpu")
+        remedy = "use a smaller --batch-size or --device cpu"
+        _say(f"out of memory on the device: {first_line(error)}; {remedy}")
         return EXIT_INPUT
     except OSError as error:
         # A file named by the user that the system refuses: too long a name, a disk that fails.
@@ -149,7 +149,7 @@ def _say(reason: str) -> None:
     among = ranks.current()
     if among.may_report() if among.world > 1 else ranks.launched_first():
         # Where a full disk takes the log too, the exit code still tells.
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             sys.stderr.write(f"qwt-fx: error: {reason}\n")
 
 

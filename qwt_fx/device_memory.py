@@ -36,7 +36,7 @@ def embed(tower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         try:
             return torch.cat([tower(part) for part in torch.split(inputs, size)])
         except torch.OutOfMemoryError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
         # Outside the handler: the traceback held on to the failed call's tensors.
         size = _halved(size, reason, inputs.device)
 
@@ -53,7 +53,7 @@ def with_smaller_batches(
         try:
             return run(tried)
         except torch.OutOfMemoryError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
         largest = size or max(len(batch[0]) for batch in batches)
         size = _halved(largest, reason, batches[0][0].device)
         log.warning(
@@ -82,5 +82,6 @@ def _halved(size: int, reason: str, device: torch.device) -> int:
     return half
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the advice that torch puts below."""
     return (str(error).splitlines() or ["no reason given"])[0]
