@@ -53,6 +53,7 @@ REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 SETTINGS = {"image only": ("image",), "all modules": ("image", "text")}
 SAMPLES, BATCH = 512, 128
+EVERY_TOKEN = 1_000_000  # for each input channel: more than there are
 
 
 def ablations() -> dict[str, dict[str, Any]]:
@@ -63,7 +64,10 @@ def ablations() -> dict[str, dict[str, Any]]:
             rows[f"+ {remedy}"] = added
     rows = {name: {"recipe": "repq-vit", **options} for name, options in rows.items()}
     rows |= {f"best - {remedy}": removed for remedy, (_, removed) in REMEDIES.items()}
-    rows |= {"best + QwT": {"compensation": "qwt"}}
+    rows |= {
+        "best, all tokens of every layer": {"tokens_per_input": EVERY_TOKEN},
+        "best + QwT": {"compensation": "qwt"},
+    }
     return rows
 
 

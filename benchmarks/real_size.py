@@ -10,13 +10,14 @@ usage: python benchmarks/real_size.py [--samples 128] [--layers 12] [--bits 6/6 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from typing import Any
 
 import open_clip
 import torch
-from common import machine, write_results
+from common import RESULTS, machine, write_results
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -107,15 +108,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--bits", nargs="+", default=["6/6", "4/4"])
     parser.add_argument("--towers", nargs="+", default=["image", "text"])
+    parser.add_argument("--models", nargs="+", default=["a", "b"], choices=("a", "b"))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="real_size", help="results/NAME.json")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that results/NAME.json has"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
+    path = RESULTS / f"{args.name}.json"
+    if args.resume and path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     for tower in args.towers:
-        for outlier in (False, True):
+        for outlier in (letter == "b" for letter in args.models):
             generator = torch.Generator().manual_seed(args.seed + 1)
             model = build(args.layers, outlier, args.seed)[tower]
             batches = [
@@ -129,6 +137,13 @@ def main() -> None:
             for bits in args.bits:
                 w_bits, a_bits = (int(b) for b in bits.split("/"))
                 for name in args.rows:
+                    key = {
+                        "tower": tower, "model": "(b)" if outlier else "(a)", "W/A": bits,
+                        "row": name, "layers": args.layers, "samples": args.samples,
+                        "seed": args.seed,
+                    }  # fmt: skip
+                    if any(key.items() <= row.items() for row in rows):
+                        continue
                     options = {"w_bits": w_bits, "a_bits": a_bits, **ROWS[name]}
                     begun = time.perf_counter()
                     prepared = api.prepare(graph, QuantConfig.from_dict(options))
@@ -136,12 +151,7 @@ def main() -> None:
                     seconds = time.perf_counter() - begun
                     with torch.no_grad():
                         value = sqnr_db(exact, prepared(test))
-                    rows.append(
-                        {
-                            "tower": tower, "model": "(b)" if outlier else "(a)", "W/A": bits,
-                            "row": name, "SQNR (dB)": value, "seconds": seconds,
-                        }
-                    )  # fmt: skip
+                    rows.append(key | {"SQNR (dB)": value, "seconds": seconds})
                     write_results(args.name, vars(args) | {"machine": machine(), "rows": rows})
                     print(rows[-1], flush=True)
     print(tabulate(rows, headers="keys", floatfmt=".2f"))

@@ -30,7 +30,8 @@ SWITCHES = (
     "constant_tokens",
 )
 REMEDIES = (
-    "ranges", "reparameterization", "target", "rounding", "embedding_bits", *SWITCHES,
+    "ranges", "reparameterization", "target", "rounding", "embedding_bits", "tokens_per_input",
+    *SWITCHES,
 )  # fmt: skip
 ATTENTIONS = ("none", "uniform", "log2", "auto")
 FLOAT_BITS = (16, 32)
@@ -157,6 +158,9 @@ class QuantConfig:
         constant_tokens: keep keys and values of the start token, which every text shares, in
             floating point.
         embedding_bits: 8 stores embedding tables as integers (weights only), 32 does not.
+        tokens_per_input: layers with more inputs than outputs are refitted and rounded on a fixed
+            random part of the calibration tokens, at least this many for each input channel; a
+            number larger than there are tokens means all of them.
     """
 
     w_bits: int = 8
@@ -181,6 +185,7 @@ class QuantConfig:
     token_scales: bool | str = AUTO
     constant_tokens: bool | str = AUTO
     embedding_bits: int | str = AUTO
+    tokens_per_input: int | str = AUTO
 
     def __post_init__(self) -> None:
         _bits("w_bits", self.w_bits)
@@ -202,6 +207,15 @@ class QuantConfig:
         if self.embedding_bits not in (AUTO, 8, 32) or isinstance(self.embedding_bits, bool):
             raise ConfigError(
                 f"embedding_bits: got {self.embedding_bits!r}, wanted 8, 32 or 'auto'"
+            )
+        if self.tokens_per_input != AUTO and (
+            not isinstance(self.tokens_per_input, int)
+            or isinstance(self.tokens_per_input, bool)
+            or self.tokens_per_input < 1
+        ):
+            raise ConfigError(
+                f"tokens_per_input: got {self.tokens_per_input!r}, wanted an integer of at least 1 "
+                "or 'auto'"
             )
         if self.compat == "original" and self.recipe != "repq-vit":
             raise ConfigError(

@@ -63,13 +63,14 @@ _BARE = LayerRemedies(
     fp_target=False,
     rounding="nearest",
     bias_correction=False,
+    symmetric_weights=False,
     mask_sums=False,
     token_scales=False,
 )
 
 _OF_LAYERS = (
     "fold_values", "input_scales", "refit", "rounding", "bias_correction", "symmetric_weights",
-    "token_scales",
+    "token_scales", "tokens_per_input",
 )  # fmt: skip
 
 
