@@ -27,6 +27,7 @@ from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.gram import LayerSums
 from qwt_fx.graph import add_module, layer_name
+from qwt_fx.heap import release_freed
 from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.layer_fit import FittedLayer, fit_layer
 from qwt_fx.layer_groups import LayerGroup, can_be_rows, find_groups, weight_quantizer
@@ -115,7 +116,8 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
 
     What is found on data goes through the journal; edits of the graph and of the values do not.
     """
-    walk.advance(group.source)
+    walk.advance(group)
+    release_freed()
     quantizer = None if group.quantizer is None else fake_quant_of(walk.gm, group.quantizer)
     if quantizer is not None and quantizer.spec.scheme == LOG_SQRT2:
         find = partial(_log_range, quantizer, walk, group.source)
@@ -149,7 +151,8 @@ def _fits(
     """What each layer becomes, in the layer's shape and dtype."""
     floating = {n: weight_and_bias(walk.reference, walk.twin(n)) for n in layers}
     sums = layer_sums(walk, group, layers, floating, quantizer)
-    return tuple(_fit(walk, layer, sums[layer]) for layer in layers)
+    release_freed()
+    return tuple(_fit(walk, layer, sums.pop(layer)) for layer in layers)
 
 
 def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> FittedLayer:

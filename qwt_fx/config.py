@@ -159,8 +159,8 @@ class QuantConfig:
             floating point.
         embedding_bits: 8 stores embedding tables as integers (weights only), 32 does not.
         tokens_per_input: layers with more inputs than outputs are refitted and rounded on a fixed
-            random part of the calibration tokens, at least this many for each input channel; a
-            number larger than there are tokens means all of them.
+            random part of the calibration tokens, at least this many for each input channel and
+            4,096; a number larger than there are tokens means all of them.
     """
 
     w_bits: int = 8

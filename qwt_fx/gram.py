@@ -3,12 +3,15 @@
 With x the layer's quantized input and t what its output misses, t = wanted - (W x + b), the sums of 1,
 x, t, x x^T, x t^T and t^2. A change of the weights by D and of the bias by c leaves t - D x - c.
 Products are float32 over chunks of at most 4,096 tokens; the chunks are added in float64, in the
-order of the batches.
+order of the batches. Solutions are float32 again: with a ridge of at least a thousandth of the mean
+eigenvalue their rounding weighs less than the ridge does, and a 3072 x 3072 system takes half the time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 4096
+_SPLITS, _SPLIT_FROM = 4, 512
 
 
 @dataclass
@@ -47,11 +51,11 @@ class LayerSums:
         for part, target in zip(torch.split(x, CHUNK), torch.split(t, CHUNK), strict=True):
             if len(part):
                 yield [
-                    part.T @ part,
+                    _second_moment(part),
                     part.T @ target,
-                    part.sum(dim=0, dtype=torch.float64),
-                    target.sum(dim=0, dtype=torch.float64),
-                    target.square().sum(dtype=torch.float64),
+                    part.sum(dim=0).double(),
+                    target.sum(dim=0).double(),
+                    target.square().sum().double(),
                     torch.tensor(len(part)),
                 ]
 
@@ -70,28 +74,25 @@ class LayerSums:
         for part in self.parts(x, t):
             self.merge(part)
 
-    def __add__(self, other: LayerSums) -> LayerSums:
-        return LayerSums(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.x + other.x,
-            self.t + other.t,
-            self.square + other.square,
-            self.count + other.count,
-        )
+    def absorb(self, other: LayerSums) -> None:
+        """Take over all tokens of `other`, which has none afterwards: a wide Gram is 75 MB."""
+        for name in ("gram", "cross", "x", "t", "square", "count"):
+            setattr(self, name, operator.iadd(getattr(self, name), getattr(other, name)))
+        vars(other).update(vars(LayerSums.empty(0, 0, self.x.device)))
 
     @property
     def finite(self) -> bool:
         """Whether no sum overflowed or met a NaN."""
-        sums = (self.gram, self.cross, self.x, self.t, torch.tensor(self.square))
+        # No other product of x with x or with t is larger than these (Cauchy-Schwarz).
+        sums = (self.gram.diagonal(), self.x, self.t, torch.tensor(self.square))
         return all(bool(torch.isfinite(s).all()) for s in sums)
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Covariance sums (d, d) and (d, o): what is left for a weight when a bias takes the means."""
-        count = max(self.count, 1)
+        share = -1.0 / max(self.count, 1)
         return (
-            self.gram - torch.outer(self.x, self.x) / count,
-            self.cross - torch.outer(self.x, self.t) / count,
+            torch.addr(self.gram, self.x, self.x, alpha=share),
+            torch.addr(self.cross, self.x, self.t, alpha=share),
         )
 
     def bias(self, change: Tensor) -> Tensor:
@@ -107,9 +108,25 @@ class LayerSums:
         if change is None:
             return self.square - 2.0 * float(b @ self.t) + self.count * float(b @ b)
         w = change.double()
-        explained = float((w * (w @ self.gram)).sum()) - 2.0 * float((w.T * self.cross).sum())
+        # A change repairs errors of its own size: float32 is exact enough for what it explains.
+        unit = w.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        moved = ((w / unit).float() @ self.gram.float()).double() * unit
+        explained = float((w * moved).sum()) - 2.0 * float((w.T * self.cross).sum())
         shift = 2.0 * float(b @ (w @ self.x)) - 2.0 * float(b @ self.t)
         return self.square + explained + shift + self.count * float(b @ b)
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    """x^T x for x (n, d), computed above the diagonal in blocks and mirrored: 10/16 of the products."""
+    d = x.shape[1]
+    if d < _SPLIT_FROM:
+        return x.T @ x
+    gram = x.new_empty(d, d)
+    edges = [d * part // _SPLITS for part in range(_SPLITS + 1)]
+    for begin, end in itertools.pairwise(edges):
+        torch.mm(x[:, begin:end].T, x[:, begin:], out=gram[begin:end, begin:])
+        gram[end:, begin:end] = gram[begin:end, end:].T
+    return gram
 
 
 def refit(centred: tuple[Tensor, Tensor], ridge: float) -> Tensor | None:
@@ -124,13 +141,15 @@ def refit(centred: tuple[Tensor, Tensor], ridge: float) -> Tensor | None:
     mean = gram.diagonal().mean()
     if not bool(mean > 0.0):
         return None
-    damped = gram.clone()
-    damped.diagonal().add_(ridge * mean)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    del damped  # as large as the Gram, and the solution takes a copy of its own
-    if int(info):  # fewer tokens than channels and next to no ridge
-        return None
-    return torch.cholesky_solve(cross, factor).T
+    for dtype in (torch.float32, torch.float64):
+        # In units of the mean eigenvalue: sums of large values would overflow float32.
+        damped = (gram / mean).to(dtype)
+        damped.diagonal().add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        del damped  # as large as the Gram, and the solution takes a copy of its own
+        if not int(info):
+            return torch.cholesky_solve((cross / mean).to(dtype), factor).T.double()
+    return None  # fewer tokens than channels and next to no ridge
 
 
 def choose_refit(
@@ -138,7 +157,8 @@ def choose_refit(
 ) -> tuple[Tensor | None, float | None]:
     """The refit whose ridge is best on held-out tokens, solved again on every token, and that ridge.
 
-    `(None, None)` where the held-out tokens are served best by no change but the bias's.
+    `(None, None)` where the held-out tokens are served best by no change but the bias's. `train` holds
+    every token afterwards, `judge` none.
     """
     nothing = torch.zeros(len(train.t), len(train.x), dtype=torch.float64, device=train.x.device)
     unchanged = judge.residual(None, train.bias(nothing))
@@ -158,7 +178,7 @@ def choose_refit(
     for step in (-1, 1):
         while 0 <= at + step < len(ridges) and error(ridges[at + step]) < error(ridges[at]):
             at += step
-    if not error(ridges[at]) < unchanged:
-        return None, None
-    centred.clear()  # a large Gram that the last refit does not need
-    return refit((train + judge).centred(), ridges[at]), ridges[at]
+    worth = error(ridges[at]) < unchanged
+    centred.clear()
+    train.absorb(judge)
+    return (refit(train.centred(), ridges[at]), ridges[at]) if worth else (None, None)

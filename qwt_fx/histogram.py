@@ -86,8 +86,8 @@ class Histogram:
             flat.reshape(channels, BINS).to(torch.int32),  # travels between processes
             x.amin(dim=0),
             x.amax(dim=0),
-            x.sum(dim=0, dtype=torch.float64),
-            x.square().sum(dim=0, dtype=torch.float64),
+            x.sum(dim=0).double(),
+            x.square().sum(dim=0).double(),
             torch.tensor(len(x)),
         ]
 

@@ -41,20 +41,24 @@ def fit_layer(
 ) -> FittedLayer:
     """Fit a layer with weight (o, i), bias (o,), and the quantizer `spec` of its weight, if any.
 
-    train, judge: sums of what the layer's output misses on tokens that fit and that judge.
+    train, judge: sums of what the layer's output misses on tokens that fit and that judge; consumed.
     """
     wanted, ridge = weight.double(), None
     if remedies.refit:
         change, ridge = choose_refit(train, judge, RIDGES)
         if change is not None:
             wanted = wanted + change
-    everything = train + judge  # not before the refit, which needs the memory: a Gram is 75 MB
+    else:
+        train.absorb(judge)
+    everything = train
     rounded, qparams = wanted, None
     if spec is not None:
         count = max(everything.count, 1)
         free_bias = remedies.bias_correction
         gram = everything.centred()[0].div_(count) if free_bias else everything.gram / count
+        gram = gram.float()
         rounded, qparams = round_weight(wanted.float(), gram, spec, remedies)
+        del gram
         rounded = rounded.double()
     change = rounded - weight.double()
     moved = everything.bias(change) if remedies.bias_correction else torch.zeros_like(everything.t)

@@ -92,3 +92,18 @@ def rows_of(layer: Node, weight: Tensor, x: Tensor) -> Tensor:
     }  # fmt: skip
     columns = F.unfold(x, tuple(weight.shape[2:]), **sizes)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+def residual_of(layer: Node) -> Node | None:
+    """The value that a layer's output is added to, where it does nothing else."""
+    if len(layer.users) != 1:
+        return None
+    (user,) = layer.users
+    if not is_call(user, {torch.ops.aten.add.Tensor}) or user.kwargs:
+        return None
+    others = [a for a in user.args if a is not layer]
+    if len(others) != 1 or not isinstance(others[0], Node):
+        return None
+    ours, theirs = layer.meta.get("val"), others[0].meta.get("val")
+    same = isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.shape == theirs.shape
+    return others[0] if same else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -150,15 +151,16 @@ def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
 
     def parts(index: int) -> Iterator[list[Tensor]]:
         x = values[index]
-        if not bool(torch.isfinite(x).all()):
+        largest = max(-float(x.min()), float(x.max()))  # NaN where any value is
+        if not math.isfinite(largest):
             raise DataError(
                 f"{name}: NaN or infinite values in the tensor to quantize; "
                 "check the weights and the calibration inputs"
             )
-        if float(x.abs().amax()) > LARGEST:
+        if largest > LARGEST:
             raise DataError(
-                f"{name}: values up to {float(x.abs().amax()):g} in the tensor to quantize, wanted at "
-                f"most 2^24; check the weights and the calibration inputs, or use "
+                f"{name}: values up to {largest:g} in the tensor to quantize, wanted at "
+                "most 2^24; check the weights and the calibration inputs, or use "
                 "--recipe repq-vit"
             )
         flat = x.reshape(-1, x.shape[-1])

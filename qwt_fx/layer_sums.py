@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
 from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.gram import LayerSums
-from qwt_fx.graph import is_call
-from qwt_fx.layer_groups import LayerGroup, rows_of
+from qwt_fx.layer_groups import LayerGroup, residual_of, rows_of
 from qwt_fx.lockstep import Lockstep
 from qwt_fx.precision import wide
 from qwt_fx.rescale import weight_and_bias
-
-aten = torch.ops.aten
 
 Parameters = tuple[Tensor, Tensor | None]
 
@@ -69,24 +65,13 @@ def _floating_output(
     walk: Lockstep, source: Node, layer: Node, parameters: Parameters, index: int, keep: Tensor
 ) -> Tensor:
     """The floating-point path's output, (rows kept, outputs), with what the residual stream misses."""
-    weight, bias = wide(parameters[0]), wide(parameters[1])
-    rows = wide(rows_of(layer, weight, walk.floating(source, index))[keep])
-    wanted = F.linear(rows, weight.flatten(1), bias)
-    residual = _residual(layer)
+    known = walk.floating_output(layer, index)
+    if known is not None:
+        wanted = wide(known.reshape(-1, known.shape[-1])[keep])
+    else:
+        weight, bias = wide(parameters[0]), wide(parameters[1])
+        rows = wide(rows_of(layer, weight, walk.floating(source, index))[keep])
+        wanted = F.linear(rows, weight.flatten(1), bias)
+    residual = residual_of(layer)
     gap = None if residual is None else walk.gap(residual, index)
     return wanted if gap is None else wanted + gap.reshape(-1, gap.shape[-1])[keep]
-
-
-def _residual(layer: Node) -> Node | None:
-    """The value that a layer's output is added to, where it does nothing else."""
-    if len(layer.users) != 1:
-        return None
-    (user,) = layer.users
-    if not is_call(user, {aten.add.Tensor}) or user.kwargs:
-        return None
-    others = [a for a in user.args if a is not layer]
-    if len(others) != 1 or not isinstance(others[0], Node):
-        return None
-    ours, theirs = layer.meta.get("val"), others[0].meta.get("val")
-    same = isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.shape == theirs.shape
-    return others[0] if same else None

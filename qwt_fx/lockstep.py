@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph import find_node, graph_info
+from qwt_fx.gram import CHUNK
+from qwt_fx.graph import LINEAR, find_node, graph_info, is_call
 from qwt_fx.hold_out import held_out_samples
 from qwt_fx.journal import NO_JOURNAL, Journal
-from qwt_fx.layer_groups import LayerGroup, rows_of
+from qwt_fx.layer_groups import LayerGroup, residual_of, rows_of
+from qwt_fx.norms import is_fake_quant
 from qwt_fx.precision import wide
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale_search import Rescale
@@ -30,9 +32,10 @@ class Lockstep:
 
     A batch's index counts the batches of this rank; `share` knows all of them.
 
-    Between two groups each graph holds, for every batch, the values that later nodes still read: at
-    most a block's widest value and its residual. Nothing is stored beyond that. `store` keeps them; the
-    two graphs share its budget.
+    Between two groups the quantized graph holds, for every batch, the values that later nodes still
+    read: at most a block's widest value and its residual. The floating-point graph is one step ahead: it
+    holds the outputs that the group's layers aim at. Nothing is stored beyond that. `store` keeps the
+    values; the two graphs share its budget.
     """
 
     def __init__(
@@ -58,16 +61,42 @@ class Lockstep:
         self._judges = self.share.of_mine(judges)
         sources = [g.source for g in groups]
         self._tokens = token_masks(gm, mine, sources)
+        self._position = {node: at for at, node in enumerate(reference.graph.nodes)}
+        layers = [layer for g in groups for layer in g.layers]
+        self._outputs = {layer: self._output_of(layer) for layer in layers}
+        self._targets = {g: self._targets_of(g) for g in groups if remedies.fp_target}
 
     def release(self) -> None:
         """Drop everything that is held: the walk is over."""
         self._quantized.release()
         self._floating.release()
 
-    def advance(self, source: Node) -> None:
-        """Run both graphs up to the value a group reads."""
-        self._quantized.advance(source)
-        self._floating.advance(self.twin(source))
+    def advance(self, group: LayerGroup) -> None:
+        """Run the quantized graph up to the value a group reads, the other up to what it aims at."""
+        self._quantized.advance(group.source)
+        ours = self._targets.pop(group, set())
+        if ours:
+            kept = ours.union(*self._targets.values())
+            self._floating.advance(max(ours, key=self._position.__getitem__), keep=kept)
+
+    def _targets_of(self, group: LayerGroup) -> set[Node]:
+        """The floating-point nodes whose values a group's layers are fitted with."""
+        found = set()
+        for layer in group.layers:
+            residual = residual_of(layer)
+            found |= {self._outputs[layer] or self.twin(group.source)}
+            found |= set() if residual is None else {self.twin(residual)}
+        return found
+
+    def _output_of(self, layer: Node) -> Node | None:
+        """The floating-point layer, if the rows of its output are those of the value it reads."""
+        twin = self.twin(layer)
+        if not is_call(twin, {LINEAR}):
+            return None
+        source = layer.args[0]
+        if isinstance(source, Node) and is_fake_quant(self.gm, source):
+            source = source.args[0]
+        return twin if isinstance(source, Node) and twin.args[0] is self.twin(source) else None
 
     def twin(self, node: Node) -> Node:
         """The floating-point graph's node of the same name, or of the name of what it replaced."""
@@ -81,6 +110,11 @@ class Lockstep:
         """The floating-point path's value of one batch."""
         value: Tensor = self._floating.envs[index][self.twin(node)]
         return value
+
+    def floating_output(self, layer: Node, index: int) -> Tensor | None:
+        """The floating-point layer's output of one batch; `None` where it is not held."""
+        twin = self._outputs[layer]
+        return None if twin is None else self._floating.envs[index].get(twin)
 
     def gap(self, node: Node, index: int) -> Tensor | None:
         """Floating-point value minus quantized value of one batch; `None` before they are known."""
@@ -145,7 +179,8 @@ class Lockstep:
         if mask is not None and len(mask) == count:
             keep = keep[mask.cpu()]
         inputs, outputs = weight.flatten(1).shape[1], len(weight)
-        share = -(-self.remedies.tokens_per_input * inputs // len(self.share.sizes))
+        tokens = max(self.remedies.tokens_per_input * inputs, CHUNK)  # a narrow layer's cost little
+        share = -(-tokens // len(self.share.sizes))
         if inputs > outputs and share < len(keep):
             generator = torch.Generator().manual_seed(number)
             keep = keep[torch.randperm(len(keep), generator=generator)[:share].sort().values]

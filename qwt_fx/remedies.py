@@ -27,8 +27,8 @@ class LayerRemedies:
         token_scales: give the few positions that are far larger than all others, such as the class
             token, a scale of their own beside the common one (W5).
         hold_out: share of the samples that choose each ridge.
-        tokens_per_input: at least so many tokens per input channel are summed for layers with more
-            inputs than outputs, whose Gram is most of the cost.
+        tokens_per_input: at least so many tokens per input channel, and 4,096 of them, are summed for
+            layers with more inputs than outputs, whose Gram is most of the cost.
     """
 
     output_ranges: bool = True
@@ -44,4 +44,4 @@ class LayerRemedies:
     mask_sums: bool = True
     token_scales: bool = True
     hold_out: float = 0.2
-    tokens_per_input: int = 8
+    tokens_per_input: int = 4

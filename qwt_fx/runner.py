@@ -169,8 +169,10 @@ class BlockRunner:
                 break
         kept = set(keep) | {to}
         done = self._done | set(nodes)
+        shared = self._same_for_every_batch(nodes, kept, done)
+        nodes = [n for n in nodes if n not in shared]
         for held in self.envs:
-            self._run(nodes, held, kept)
+            self._run(nodes, held, kept, shared)
             for node in [n for n in held if n not in kept and set(n.users) <= done]:
                 del held[node]
         self._done = done
@@ -181,10 +183,20 @@ class BlockRunner:
             for node in held:
                 held.discard(node)
 
-    def _run(self, nodes: list[Node], held: HeldValues, kept: set[Node]) -> None:
+    def _same_for_every_batch(self, nodes: list[Node], kept: set[Node], done: set[Node]) -> Env:
+        """Values made of parameters alone, such as quantized weights, that are read on the way only."""
+        shared: Env = {}
+        for node in nodes:
+            sources = node.all_input_nodes
+            constant = bool(sources) and all(n.op == "get_attr" or n in shared for n in sources)
+            if constant and node not in kept and set(node.users) <= done:
+                shared[node] = execute(self.gm, node, shared)
+        return shared
+
+    def _run(self, nodes: list[Node], held: HeldValues, kept: set[Node], shared: Env) -> None:
         """Run nodes for one batch; what lives on goes into what is held, once, at the end."""
-        env: Env = {}
-        ran = set(self._done)
+        env = dict(shared)
+        ran = self._done | set(shared)
         for node in nodes:
             for source in node.all_input_nodes:
                 if source not in env and source in held:

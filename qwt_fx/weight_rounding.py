@@ -102,14 +102,28 @@ def _inverse_factor(h: Tensor, damping: float) -> Tensor:
     """
     if not bool(torch.isfinite(h).all()):
         raise DataError("the second moment of a layer's input is NaN or infinite")
-    upper: Tensor
     while True:
-        damped = h.clone()
+        damped = h.flip(0, 1)
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return upper
+            # With the channels reversed h = R R^T for an upper R, and R^-1 is the factor wanted.
+            reverse = _invert_lower(lower)
+            if bool(torch.isfinite(reverse).all()):
+                return reverse.flip(0, 1)
         damping *= 10.0  # ends: h is bounded by its trace, and damping outgrows it
+
+
+def _invert_lower(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix (n, n), by halves: most of the work is matrix products."""
+    n = len(lower)
+    if n <= _COLUMNS:
+        identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = n // 2
+    inverse = torch.zeros_like(lower)
+    first = inverse[:half, :half] = _invert_lower(lower[:half, :half])
+    last = inverse[half:, half:] = _invert_lower(lower[half:, half:])
+    torch.mm(last @ lower[half:, :half], first, out=inverse[half:, :half]).neg_()
+    return inverse

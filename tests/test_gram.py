@@ -78,4 +78,25 @@ def test_long_inputs_are_summed_in_chunks_of_the_same_total() -> None:
     parts.add(x[CHUNK:], t[CHUNK:])
     assert torch.equal(whole.gram, parts.gram)
     assert torch.equal(whole.cross, parts.cross)
-    assert (_sums(x[:10], t[:10]) + _sums(x[10:], t[10:])).count == whole.count
+    first, second = _sums(x[:10], t[:10]), _sums(x[10:], t[10:])
+    first.absorb(second)
+    torch.testing.assert_close(first.gram, whole.gram, rtol=1e-6, atol=1e-6)
+    assert (first.count, second.count) == (whole.count, 0)
+
+
+def test_a_wide_second_moment_is_made_of_blocks_and_symmetric() -> None:
+    x = torch.randn(300, 514)
+    gram = _sums(x, torch.randn(300, 2)).gram
+    assert torch.equal(gram, gram.T)
+    torch.testing.assert_close(gram, x.double().T @ x.double(), rtol=1e-4, atol=1e-3)
+
+
+def test_a_refit_of_huge_sums_does_not_overflow_float32() -> None:
+    x = torch.randn(200, 6) * 1e12
+    t = x @ torch.randn(6, 3)
+    sums = _sums(x[:150], t[:150])
+    change, ridge = choose_refit(sums, _sums(x[150:], t[150:]), (1e-3, 1e-2))
+    assert change is not None and ridge == 1e-3
+    torch.testing.assert_close(
+        change.T, torch.linalg.lstsq(x.double(), t.double()).solution, rtol=1e-2, atol=1e-2
+    )
