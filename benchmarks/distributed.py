@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tabulate import tabulate
 
-BINS, CHUNK, HELD_OUT, PER_INPUT = 2049, 4096, 0.2, 8
+BINS, CHUNK, HELD_OUT, PER_INPUT = 2049, 4096, 0.2, 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def parts(rows: float) -> int:
 def sums(inputs: int, outputs: int, rows: float, batches: int) -> float:
     """Bytes of one batch's sums for one layer."""
     if inputs > outputs:
-        rows = min(rows, math.ceil(PER_INPUT * inputs / batches))
+        rows = min(rows, math.ceil(max(PER_INPUT * inputs, CHUNK) / batches))
     one = (inputs**2 + inputs * outputs) * 4 + (inputs + outputs) * 8 + 16
     return parts(rows) * one
 

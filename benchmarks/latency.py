@@ -169,7 +169,17 @@ def main() -> None:
     parser.add_argument("--output", default="latency", help="results/OUTPUT.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    towers, rows, known = build(), [], {}
+    towers = build()
+    rows: list[dict[str, Any]] = []
+    known: dict[str, Any] = {}
+    document = {
+        "machine": machine() | {"cpu": processor()},
+        "bits": args.bits,
+        "rounds": args.rounds,
+        "installed": {n: importlib.util.find_spec(n) is not None for n in ("onnxruntime", "nncf")},
+        "towers": known,
+        "rows": rows,
+    }
     with TemporaryDirectory() as folder:
         for tower in args.towers:
             found = sides(tower, towers[tower], args, Path(folder))
@@ -180,15 +190,7 @@ def main() -> None:
                 if tower == "text" and found["any_length"]:
                     short = {k: v for k, v in runs.items() if k not in FULL_LENGTH}
                     rows += measure(tower, batch, SHORT, short, args.rounds)
-    document = {
-        "machine": machine() | {"cpu": processor()},
-        "bits": args.bits,
-        "rounds": args.rounds,
-        "installed": {n: importlib.util.find_spec(n) is not None for n in ("onnxruntime", "nncf")},
-        "towers": known,
-        "rows": rows,
-    }
-    write_results(args.output, document)
+                write_results(args.output, document)  # what is done stays, should the rest not be
     table = [
         [r["tower"], r["batch"], r["length"], r["runtime"], f"{1e3 * r['median_seconds']:.1f}",
          f"{1e3 * r['p90_seconds']:.1f}", f"{r['speedup']:.2f}"]
