@@ -120,7 +120,8 @@ def _invert_lower(lower: Tensor) -> Tensor:
     n = len(lower)
     if n <= _COLUMNS:
         identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
     half = n // 2
     inverse = torch.zeros_like(lower)
     first = inverse[:half, :half] = _invert_lower(lower[:half, :half])
