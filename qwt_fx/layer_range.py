@@ -151,7 +151,8 @@ def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
 
     def parts(index: int) -> Iterator[list[Tensor]]:
         x = values[index]
-        largest = max(-float(x.min()), float(x.max()))  # NaN where any value is
+        low, high = torch.aminmax(x)  # NaN where any value is
+        largest = max(-float(low), float(high))
         if not math.isfinite(largest):
             raise DataError(
                 f"{name}: NaN or infinite values in the tensor to quantize; "
