@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwt_fx.errors import ArtifactError, MissingExtraError
 from qwt_fx.kernel_audit import LayerKernel
+from qwt_fx.machine import sums_byte_products_exactly
 
 LAYERS_KEY = "qwt_fx.layers"  # metadata: a JSON object, layer -> why it is not integer, or null
 
@@ -71,8 +72,9 @@ def _session(path: Path, threads: int | None, optimized: Path | None) -> OnnxRun
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    # Without VNNI, uint8 x int8 products may overflow; this computes them from uint8 x uint8.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not sums_byte_products_exactly():
+        # uint8 x int8 computed as uint8 x uint8: exact, and slower.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimized is not None:

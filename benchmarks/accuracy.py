@@ -10,7 +10,6 @@ usage: python benchmarks/accuracy.py [--models demo second] [--images 10000] [--
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SCREEN, Demo, machine, open_demo, write_results
+from common import RESULTS, SCREEN, Demo, kept_results, machine, open_demo, write_results
 from tabulate import tabulate
 
 from qwt_fx.classifier import FLOATING_CLASSIFIER
@@ -175,10 +174,9 @@ def main() -> None:
             for name, options in ablations().items()
         ]
     options_given = {k: v for k, v in vars(args).items() if k not in ("work", "resume")}
-    document: dict[str, Any] = options_given | {"machine": machine(), "models": {}}
-    path = RESULTS / f"{args.name}.json"
-    if args.resume and path.exists():
-        document["models"] = json.loads(path.read_text(encoding="utf-8"))["models"]
+    kept = kept_results(args.name, resume=args.resume)
+    document: dict[str, Any] = options_given | {"machine": machine()}
+    document["models"] = kept.get("models", {})
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
             second = model == "second"

@@ -1,9 +1,10 @@
 """Time and memory of calibration, against a forward pass and against the published procedure.
 
 Each row is a process of its own: CPU and wall seconds by phase, peak memory above the model's weights.
+`best` compensates nothing unless told to; `RECIPE+qwt` is a recipe with QwT.
 
 usage: python benchmarks/calibration.py [--samples 512] [--threads 2] [--growth]
-           [--recipes repq-vit best] [--memory-budget 200MB] [--skip-plain]
+           [--recipes repq-vit+qwt best best+qwt] [--memory-budget 200MB] [--skip-plain]
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         found["floor"][tower] = watch.read()
         seconds: dict[str, float] = {}
         watch = Watch()
-        config = QuantConfig(w_bits=6, a_bits=6, recipe=args.recipe, compensation="qwt")
+        recipe, _, compensation = args.recipe.partition("+")
+        config = QuantConfig(6, 6, recipe, compensation=compensation or "auto")
         prepared = api.prepare(graph, config)
         api.convert(
             api.calibrate(prepared, batches, seconds=seconds, memory_budget=args.memory_budget)
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--recipe", default="best", help=argparse.SUPPRESS)
     parser.add_argument("--memory-budget", metavar="SIZE", help="of activations, such as 200MB")
-    parser.add_argument("--recipes", nargs="+", default=["repq-vit", "best"])
+    parser.add_argument("--recipes", nargs="+", default=["repq-vit+qwt", "best", "best+qwt"])
     parser.add_argument("--towers", nargs="+", default=["image", "text"])
     parser.add_argument("--growth", action="store_true", help="over samples, depth and width too")
     parser.add_argument("--skip-plain", action="store_true")

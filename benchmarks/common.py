@@ -24,6 +24,7 @@ from qwt_fx.data import CalibrationData, load_calibration
 from qwt_fx.demo.assets import unpack_weights, write_files
 from qwt_fx.evaluate import Features
 from qwt_fx.imagefolder import open_validation
+from qwt_fx.machine import processor
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -91,8 +92,18 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "processor": platform.machine(),
+        "cpu": processor(),
         "python": platform.python_version(),
     }
+
+
+def kept_results(name: str, *, resume: bool) -> dict[str, Any]:
+    """What `results/NAME.json` holds, to go on from; {} without `resume` or without that file."""
+    path = RESULTS / f"{name}.json"
+    if not resume or not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def write_results(name: str, document: dict[str, Any]) -> None:

@@ -10,14 +10,13 @@ usage: python benchmarks/real_size.py [--samples 128] [--layers 12] [--bits 6/6 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from typing import Any
 
 import open_clip
 import torch
-from common import RESULTS, machine, write_results
+from common import kept_results, machine, write_results
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -118,10 +117,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
-    path = RESULTS / f"{args.name}.json"
-    if args.resume and path.exists():
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows: list[dict[str, Any]] = kept_results(args.name, resume=args.resume).get("rows", [])
     for tower in args.towers:
         for outlier in (letter == "b" for letter in args.models):
             generator = torch.Generator().manual_seed(args.seed + 1)

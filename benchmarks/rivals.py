@@ -25,8 +25,8 @@ def onnxruntime_static(
 ) -> Run:
     """ONNX Runtime's own static quantization: QDQ, per channel, linears and convolutions.
 
-    exact: on CPUs without VNNI compute from uint8 x uint8, as our export does; otherwise pairs of
-    products may overflow there, which is faster and wrong. With VNNI there is no difference.
+    exact: compute from uint8 x uint8, as our export does by default. Otherwise pairs of products may
+    overflow on CPUs without VNNI, which is faster and wrong; with VNNI both are exact.
     """
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static

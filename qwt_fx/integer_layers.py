@@ -111,6 +111,9 @@ def layers_to_lower(gm: GraphModule) -> Iterator[IntegerLayer | FloatLayer]:
 def _layer(gm: GraphModule, node: Node) -> IntegerLayer | FloatLayer:
     name = layer_name(node)
     if node.target is not LINEAR and node.target not in CONVOLUTIONS:
+        # CLIP's projections multiply by a parameter.
+        if any(tensor_of(gm, _uncast(operand)) is not None for operand in node.args[:2]):
+            return FloatLayer(name, node, "its parameter is not quantized")
         return FloatLayer(name, node, "a product of activations, not of an activation and a weight")
     weight = weight_of(gm, node.args[1])
     if weight is None:

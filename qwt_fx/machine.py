@@ -27,6 +27,18 @@ def processor() -> dict[str, object]:
     return {"name": name, "flags": flags}
 
 
+def sums_byte_products_exactly() -> bool:
+    """Whether uint8 x int8 products add up in 32 bits here: VNNI, AMX, or no x86 processor.
+
+    Other x86 processors add them in pairs as int16, which 8-bit weights overflow.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return True
+    flags = processor()["flags"]
+    assert isinstance(flags, list)  # see `processor`
+    return any("vnni" in flag or flag == "amx_int8" for flag in flags)
+
+
 def memory_of(call: Callable[[], object]) -> int | None:
     """Bytes by which the resident size rose, at its peak, above its level before the call.
 

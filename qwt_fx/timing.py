@@ -29,15 +29,24 @@ class Latency:
         return sorted(self.seconds)[math.ceil(0.9 * len(self.seconds)) - 1]
 
 
-def interleaved(functions: Mapping[str, Timed], rounds: int, warm_up: int) -> dict[str, Latency]:
+# Seconds between two calls. Threads of a runtime go on spinning for some milliseconds after its
+# call, on cores that the next function needs.
+PAUSE = 0.1
+
+
+def interleaved(
+    functions: Mapping[str, Timed], rounds: int, warm_up: int, *, pause: float = PAUSE
+) -> dict[str, Latency]:
     """Time each function once a round, after `warm_up` rounds that do not count.
 
     Every second round runs backwards: what a function leaves in the caches meets both neighbours.
+    `pause`: seconds before each call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for number in range(-warm_up, rounds):
         for name in names if number % 2 == 0 else reversed(names):
+            time.sleep(pause)
             begun = time.perf_counter()
             functions[name]()
             elapsed = time.perf_counter() - begun

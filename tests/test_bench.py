@@ -21,7 +21,7 @@ from qwt_fx.errors import PreconditionError
 from qwt_fx.floating import floating_graph
 from qwt_fx.graph import compute_nodes
 from qwt_fx.kernel_audit import LayerKernel, refuse_if_float
-from qwt_fx.machine import memory_of, processor
+from qwt_fx.machine import memory_of, processor, sums_byte_products_exactly
 from qwt_fx.measure import sqnr_db
 from qwt_fx.report import build_report
 from qwt_fx.timing import Latency, interleaved
@@ -131,7 +131,9 @@ def test_a_gpu_that_is_not_there_is_one_line(
 
 def test_rounds_are_interleaved_and_warm_up_does_not_count() -> None:
     called: list[str] = []
-    found = interleaved({n: lambda n=n: called.append(n) for n in "ab"}, rounds=3, warm_up=1)
+    found = interleaved(
+        {n: lambda n=n: called.append(n) for n in "ab"}, rounds=3, warm_up=1, pause=0.0
+    )
     assert "".join(called) == "baabbaab"
     assert all(len(latency.seconds) == 3 for latency in found.values())
     latency = Latency(tuple(float(s) for s in range(10, 0, -1)))
@@ -145,6 +147,26 @@ def test_memory_of_a_call_sees_what_it_held() -> None:
         pytest.skip("this system keeps no peak that can be reset")
     assert 60e6 < held < 200e6
     assert processor()["name"]
+
+
+@pytest.mark.parametrize(
+    ("system", "flags", "exact"),
+    [
+        ("x86_64", ["avx2"], False),
+        ("AMD64", ["avx2", "avx512bw"], False),
+        ("x86_64", ["avx2", "avx512_vnni"], True),
+        ("x86_64", ["avx_vnni"], True),
+        ("x86_64", ["amx_int8"], True),
+        ("x86_64", [], False),
+        ("aarch64", [], True),
+    ],
+)
+def test_where_byte_products_add_up_in_32_bits(
+    monkeypatch: pytest.MonkeyPatch, system: str, flags: list[str], exact: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: system)
+    monkeypatch.setattr("qwt_fx.machine.processor", lambda: {"name": "some", "flags": flags})
+    assert sums_byte_products_exactly() is exact
 
 
 def test_the_floating_yardstick_has_the_products_and_no_quantizer() -> None:

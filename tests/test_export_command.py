@@ -35,6 +35,10 @@ SCRIPT = Path(__file__).parent / "backends" / "numpy_only.py"
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP, quantized to 8/8 with the log-sqrt2 softmax."""
     folder = tmp_path_factory.mktemp("small") / "artifact"
+    return _write(folder, QuantConfig(recipe="repq-vit", attention="log2"))
+
+
+def _write(folder: Path, settings: QuantConfig) -> Path:
     folder.mkdir()
     config = small_config(vision_cfg={"layers": 1}, text_cfg={"layers": 1})
     model = small_model(config)
@@ -46,7 +50,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         {"source": None, "context_length": 12, "mode": None, "kwargs": {}},
     )  # fmt: skip
-    settings = QuantConfig(recipe="repq-vit", attention="log2")
     towers: dict[str, GraphModule] = {}
     for name, tower, batch in (
         ("image", ImageTower(model), shell.image_example(8)),
@@ -109,6 +112,23 @@ def test_onnxruntime_and_numpy_alone_run_the_towers(
     with torch.no_grad():
         torch.testing.assert_close(found["image"], model.image(images), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found["text"], model.text(texts), atol=1e-4, rtol=1e-4)
+
+
+def test_export_says_where_int8_is_faster(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    symmetric = _write(
+        tmp_path / "symmetric", QuantConfig(recipe="repq-vit", symmetric_weights=True)
+    )
+
+    def noted(source: Path, pack: str) -> bool:
+        words = ["export", "--artifact", str(source), "--format", "onnx", "--tower", "image"]
+        assert main([*words, "--output", str(tmp_path / "out"), "--pack", pack, "--force"]) == 0
+        return "--pack int8 is faster" in capsys.readouterr().err
+
+    assert noted(symmetric, "auto")
+    assert not noted(symmetric, "int8")
+    assert not noted(artifact, "auto")  # asymmetric 8-bit weights do not fit int8
 
 
 def test_verify_shows_the_figures_and_fails_with_3(

@@ -111,6 +111,7 @@ def test_onnx_runtime_gives_the_graphs_features_from_integers(name: str, tmp_pat
     assert all(k.reason and k.kernel != "not identified" for k in others)
     last = "visual.proj" if tower == "image" else "text_projection"
     assert kernels[last].kernel == "MatMul"
+    assert kernels[last].reason == "its parameter is not quantized"
     if fields.get("attention") == "uniform":
         assert kernels["transformer.resblocks.0.attn.matmul2"].integer
     if fields.get("compensation") == "int8":

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import qwt_fx
-from qwt_fx import QuantConfig, api
+from qwt_fx import QuantConfig, QwtError, api
+from qwt_fx.backends.onnx_runtime import onnx_runtime_session
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.observe import observe, set_mode
 from qwt_fx.pass_base import Pass
@@ -169,6 +170,23 @@ def check(case: tuple[nn.Module, Tensor], config: QuantConfig, folder: Path) -> 
         loaded = qwt_fx.load(folder / "artifact")
         assert torch.equal(loaded(x), before)
         assert torch.equal(loaded(x[:1]), quantized(x[:1]))
+        exports_run(quantized, x, folder)
+
+
+def exports_run(quantized: GraphModule, x: Tensor, folder: Path) -> None:
+    """What is exported loads and gives the graph's values for other batches too, or says why not."""
+    runs: dict[str, Callable[[Tensor], Tensor]] = {}
+    program, model = folder / "model.pt2", folder / "model.onnx"
+    try:
+        qwt_fx.export(quantized, program, (x,), format="pt2")
+        runs["pt2"] = torch.export.load(program).module()
+        qwt_fx.export(quantized, model, (x,))
+        runs["onnx"] = onnx_runtime_session(model, threads=1)
+    except QwtError as error:
+        assert str(error)
+    for run in runs.values():
+        for batch in (x, x[:1], 2.0 * x):
+            close(quantized(batch), run(batch))
 
 
 SETTINGS = settings(
