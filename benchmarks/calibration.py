@@ -4,7 +4,7 @@ Each row is a process of its own: CPU and wall seconds by phase, peak memory abo
 `best` compensates nothing unless told to; `RECIPE+qwt` is a recipe with QwT.
 
 usage: python benchmarks/calibration.py [--samples 512] [--threads 2] [--growth]
-           [--recipes repq-vit+qwt best best+qwt] [--memory-budget 200MB] [--skip-plain]
+           [--recipes repq-vit+qwt best best+qwt] [--memory-budget 200MB] [--skip-plain] [--resume]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import open_clip
 import torch
-from common import machine, write_results
+from common import kept_results, machine, write_results
 from plain.published import ImageTower as PlainTower
 from tabulate import tabulate
 from torch import Tensor
@@ -188,18 +188,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--recipe", default="best", help=argparse.SUPPRESS)
     parser.add_argument("--memory-budget", metavar="SIZE", help="of activations, such as 200MB")
-    parser.add_argument("--recipes", nargs="+", default=["repq-vit+qwt", "best", "best+qwt"])
+    parser.add_argument("--recipes", nargs="*", default=["repq-vit+qwt", "best", "best+qwt"])
     parser.add_argument("--towers", nargs="+", default=["image", "text"])
     parser.add_argument("--growth", action="store_true", help="over samples, depth and width too")
     parser.add_argument("--skip-plain", action="store_true")
     parser.add_argument("--plain-samples", type=int, default=128)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that results/NAME.json has"
+    )
+    parser.add_argument("--name", default="calibration", help="results/NAME.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.run is not None:
         print(json.dumps(RUNS[args.run](args)))
         return
     document: dict[str, Any] = {k: v for k, v in vars(args).items() if k != "run"}
-    document |= {"machine": machine(), "rows": []}
+    kept = kept_results(args.name, resume=args.resume)
+    document |= {"machine": machine(), "rows": kept.get("rows", [])}
     changes: list[dict[str, Any]] = [{"recipe": r} for r in args.recipes]
     if args.growth:
         changes += [{"samples": n, "recipe": "best"} for n in (64, 128, 256) if n < args.samples]
@@ -207,7 +212,7 @@ def main() -> None:
         changes += [{"model": "ViT-L-14", "layers": 3, "samples": 64, "recipe": "best"}]
     for change in changes:
         document["rows"].append(against_floor(args, **change))
-        write_results("calibration", document)
+        write_results(args.name, document)
     print(tabulate(document["rows"], headers="keys", floatfmt=".2f"))
     if not args.skip_plain:
         one = {"threads": 1, "samples": args.plain_samples}
@@ -222,7 +227,7 @@ def main() -> None:
             for what, key in (("range search, statistics", "search"), ("whole job", "total"))
         ]
         document["published"] = compared
-        write_results("calibration", document)
+        write_results(args.name, document)
         print(tabulate(compared, headers="keys", floatfmt=".2f"))
 
 

@@ -24,6 +24,7 @@ from qwt_fx.compensators import Compensator, Site, compensator
 from qwt_fx.errors import ConfigError, DataError, PreconditionError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import Block, find_node, graph_info
+from qwt_fx.heap import release_freed
 from qwt_fx.hold_out import held_out_samples
 from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.norms import fake_quant_of, is_fake_quant
@@ -121,6 +122,7 @@ class InsertCompensation(Pass):
             walk = _Walk(self, gm)
             for index in range(len(info.blocks)):
                 yield walk.block(index)
+                release_freed()
                 self.journal.commit()
                 if self.progress is not None:
                     self.progress(index + 1, len(info.blocks))

@@ -25,6 +25,7 @@ from qwt_fx.backends.exports import export_graph
 from qwt_fx.calibration_identity import calibration_journal
 from qwt_fx.capture import adopt, capture
 from qwt_fx.config import QuantConfig
+from qwt_fx.copies import copy_sharing_tensors, own_tensors
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import graph_info, has_graph_info, set_graph_info
@@ -74,10 +75,12 @@ def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
     """A copy of a captured graph with observers inserted and switched off: it computes FP32.
 
     A graph made by `torch.export` (the program's `module()`) is taken as well, if its batch is dynamic.
+    The copy shares the graph's tensors until calibration replaces them: do not change those in place
+    before `convert`, whose result has tensors of its own.
 
     Raises `ConfigError` for an override that matches no layer.
     """
-    prepared = copy.deepcopy(gm) if has_graph_info(gm) else adopt(gm)
+    prepared = copy_sharing_tensors(gm) if has_graph_info(gm) else adopt(gm)
     steps: list[Pass] = []
     if config.attention != "none" or config.compat == "original":
         # The published code computes attention in separate operators; the fused one rounds
@@ -222,8 +225,9 @@ def convert(prepared: GraphModule) -> GraphModule:
 
     Raises `NotCalibratedError` for a quantizer without a scale.
     """
-    converted = copy.deepcopy(prepared)
+    converted = copy_sharing_tensors(prepared)
     ConvertToIntegers()(converted)
+    own_tensors(converted)
     return converted
 
 

@@ -189,6 +189,17 @@ def add_tensor(gm: GraphModule, base: str, value: Tensor, *, parameter: bool = F
     return gm.graph.get_attr(name)
 
 
+def drop_tensor(gm: GraphModule, node: object) -> None:
+    """Erase a `get_attr` node that nothing reads, and its tensor with the last such node."""
+    if not isinstance(node, Node) or node.op != "get_attr" or node.users:
+        return
+    target = str(node.target)
+    gm.graph.erase_node(node)
+    if not any(n.op == "get_attr" and n.target == target for n in gm.graph.nodes):
+        path, _, name = target.rpartition(".")
+        delattr(gm.get_submodule(path), name)
+
+
 def add_module(gm: GraphModule, base: str, module: nn.Module) -> str:
     """Register a submodule under a fresh flat name and return the name."""
     name, count = base, 0

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import LAYER_NORM, add_module, add_tensor, argument, layer_name, tensor_of
+from qwt_fx.graph import (
+    LAYER_NORM,
+    add_module,
+    add_tensor,
+    argument,
+    drop_tensor,
+    layer_name,
+    tensor_of,
+)
 from qwt_fx.norms import fake_quant_of, is_fake_quant, norm_affine, weight_node
 
 aten = torch.ops.aten
@@ -53,13 +61,18 @@ def set_layer(
             new = gm.graph.call_module(add_module(gm, "fake_quant_0", module), (new,))
             new.meta = {k: v for k, v in old.meta.items() if k in ("val", "nn_module_stack")}
     layer.update_arg(1, new)
+    old_bias = argument(layer, 2, "bias")
     if len(layer.args) > 2:
         layer.update_arg(2, shift)
     elif shift is not None:
         layer.args = (*layer.args, shift)
         layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
-    if not old.users:  # a walk over the graph must not meet the quantizer that was replaced
+    source = old.args[0] if is_fake_quant(gm, old) else old
+    if is_fake_quant(gm, old) and not old.users:  # a walk over the graph must not meet it
         gm.graph.erase_node(old)
+    # A large model's weights are rewritten several times: what is replaced goes at once.
+    drop_tensor(gm, source)
+    drop_tensor(gm, old_bias)
 
 
 def undo_in_columns(gm: GraphModule, linear: Node, scale: Tensor, shift: Tensor) -> None:
