@@ -57,11 +57,16 @@ def name_products(model: ir.Model, names: Sequence[str], layer_of: Mapping[str, 
     if len(names) == len(products):
         for node, name in zip(products, names, strict=True):
             node.name = name
+        return
+    used: set[str] = set()  # layers of equal weights read one initializer
     for node in products:
         weight = node.inputs[1].producer() if len(node.inputs) > 1 else None
         if weight is not None and weight.op_type == "DequantizeLinear":
             codes = str(weight.inputs[0].name).removesuffix("_4bit")
-            node.name = layer_of.get(codes, node.name)
+            name = layer_of.get(codes)
+            if name is not None and name not in used:
+                node.name = name
+                used.add(name)
 
 
 def drop_traces(model: ir.Model) -> None:

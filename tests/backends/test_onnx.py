@@ -201,6 +201,18 @@ def test_weights_alone_are_multiplied_by_activations_as_they_are(bits: int, tmp_
     assert_same(q, exported(q, batch, tmp_path, "image"), batch, images(7, seed=2))
 
 
+def test_a_module_called_twice_is_two_layers(tmp_path: Path) -> None:
+    model = randomize(Tower(2))
+    model.blocks[1].fc1, model.blocks[1].fc2 = model.blocks[0].fc1, model.blocks[0].fc2
+    x = tokens(8)
+    q = qwt_fx.quantize(model, (x,), [x], QuantConfig(recipe="repq-vit", symmetric_weights=True))
+    path = tmp_path / "twice.onnx"
+    qwt_fx.export(q, path, (x,))
+    assert_same(q, path, x, tokens(3))
+    names = [k.name for k in audit(path)]
+    assert len(names) == len(set(names)) and {"blocks.1.fc2", "blocks.1.fc2@1"} <= set(names)
+
+
 def test_scales_of_positions_multiply_the_integer_product(tmp_path: Path) -> None:
     model, x = randomize(Tower(layers=1)), tokens(3)
     prepared = qwt_fx.prepare(qwt_fx.capture(model, (x,)), QuantConfig(recipe="repq-vit"))
