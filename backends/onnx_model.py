@@ -63,10 +63,10 @@ def name_products(model: ir.Model, names: Sequence[str], layer_of: Mapping[str, 
         weight = node.inputs[1].producer() if len(node.inputs) > 1 else None
         if weight is not None and weight.op_type == "DequantizeLinear":
             codes = str(weight.inputs[0].name).removesuffix("_4bit")
-            name = layer_of.get(codes)
-            if name is not None and name not in used:
-                node.name = name
-                used.add(name)
+            layer = layer_of.get(codes, "")
+            if layer and layer not in used:
+                node.name = layer
+                used.add(layer)
 
 
 def drop_traces(model: ir.Model) -> None:
