@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 
 from qwt_fx.artifact import load_graph, save_graph
 from qwt_fx.backends import audit_of, lower_to
@@ -213,7 +214,12 @@ def _calibrate(
             )(prepared)
     with _timed(seconds, "calibrate"):
         if share.ranks.first:  # which holds batch 0
-            measure_layers(prepared, share.batches[0])
+            measure_layers(prepared, _first_samples(share.batches[0]))
+
+
+def _first_samples(batch: Any, count: int = 32) -> Any:
+    """Samples that tell what quantization does to each layer; every product runs on them twice."""
+    return tree_map_only(Tensor, lambda x: x[:count] if x.dim() else x, batch)
 
 
 def _phase(progress: Progress | None, phase: str) -> Callable[[int, int], None] | None:

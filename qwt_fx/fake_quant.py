@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ class FakeQuant(nn.Module):
             x = x.reshape(-1, x.shape[-1])[self.rows]
         if x.numel() == 0:
             raise DataError(f"{self.name}: nothing to observe: the tensor is empty")
-        if not bool(torch.isfinite(x).all()):
+        extremes = torch.stack(torch.aminmax(x))  # NaN where any value is
+        if not bool(torch.isfinite(extremes).all()):
             raise DataError(
                 f"{self.name}: NaN or infinite values in the tensor to quantize; "
                 "check the weights and the calibration inputs"
@@ -120,8 +122,7 @@ class FakeQuant(nn.Module):
             result = ops.FAKE_QUANTIZE_AFFINE(x, *along, *limits)
         elif spec.ch_axis is None:
             per_tensor = (float(scale), int(zero_point), *limits, torch.uint8)
-            codes = torch_ao.QUANTIZE_PER_TENSOR(x, *per_tensor)
-            result = torch_ao.DEQUANTIZE_PER_TENSOR(codes, *per_tensor)
+            result = _round_trip(x, *per_tensor)
         else:
             axis = spec.ch_axis % x.dim()
             per_channel = (scale, zero_point.to(torch.int64), axis, *limits, torch.uint8)
@@ -132,3 +133,19 @@ class FakeQuant(nn.Module):
     def extra_repr(self) -> str:
         """Shown when the module is printed."""
         return f"{self.name}, {self.spec.scheme}, {self.spec.bits} bits, {self.mode.value}"
+
+
+# A core's cache holds some tensors of so many elements. The two operators are seven of PyTorch's, and
+# each would pass over memory.
+_PART = 1 << 16
+
+
+def _round_trip(x: Tensor, *qparams: Any) -> Tensor:
+    """Codes of one scale and back; a large tensor on the CPU in parts, to the same bits."""
+    if x.device.type != "cpu" or x.numel() <= _PART or not x.is_contiguous():
+        return torch_ao.DEQUANTIZE_PER_TENSOR(torch_ao.QUANTIZE_PER_TENSOR(x, *qparams), *qparams)  # type: ignore[no-any-return]
+    result = torch.empty_like(x)
+    for part, target in zip(x.view(-1).split(_PART), result.view(-1).split(_PART), strict=True):
+        codes = torch_ao.QUANTIZE_PER_TENSOR(part, *qparams)
+        target.copy_(torch_ao.DEQUANTIZE_PER_TENSOR(codes, *qparams))
+    return result

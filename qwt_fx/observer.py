@@ -15,7 +15,6 @@ from qwt_fx.qparams import (
     LOG_SQRT2,
     QuantSpec,
     dequantize_log_sqrt2,
-    fake_quantize_affine,
     fake_quantize_log_sqrt2,
     qparams_from_range,
     quantize_log_sqrt2,
@@ -33,14 +32,37 @@ def _rank(p: float, count: int) -> float:
     return float(torch.tensor(p, dtype=torch.float32) * (count - 1))
 
 
+# A core's cache holds some tensors of so many elements: beyond it every operator waits for memory.
+_CHUNK = 1 << 16
+_SAMPLE = 1 << 16
+
+
+def _outermost(rows: Tensor, keep: int, *, largest: bool) -> Tensor:
+    """The `keep` largest (or smallest) values of each row of (channels, n), sorted, outermost first."""
+    count = rows.shape[1]
+    if len(rows) == 1 and count > 16 * _SAMPLE:
+        # topk moves every value about. A sample tells where the tail begins, and few lie beyond.
+        sample = rows[0, :: count // _SAMPLE]
+        rank = min(math.ceil(2.0 * keep / count * len(sample)) + 16, len(sample))
+        begin = (
+            sample.topk(rank, largest=largest).values.amin()
+            if largest
+            else (sample.topk(rank, largest=False).values.amax())
+        )
+        tail = rows[0][rows[0] >= begin if largest else rows[0] <= begin]
+        if len(tail) >= keep:
+            rows = tail[None]
+    return rows.topk(keep, dim=1, largest=largest, sorted=True).values
+
+
 class _Tails:
     """Both sorted tails of each row of a (channels, n) tensor: enough for the outer quantiles."""
 
     def __init__(self, rows: Tensor, lowest_p: float) -> None:
         self.count = rows.shape[1]
         keep = min(self.count, math.ceil((1.0 - lowest_p) * self.count) + 2)
-        self._top = rows.topk(keep, dim=1, largest=True, sorted=True).values
-        self._bottom = rows.topk(keep, dim=1, largest=False, sorted=True).values
+        self._top = _outermost(rows, keep, largest=True)
+        self._bottom = _outermost(rows, keep, largest=False)
 
     def _interpolate(self, below: Tensor, above: Tensor, fraction: float) -> Tensor:
         return torch.lerp(below, above, fraction)
@@ -77,13 +99,10 @@ def search_affine(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     rows = _channels_first(x.detach().float(), spec.ch_axis)
     tails = _Tails(rows, min(PERCENTILES))
     best: tuple[Tensor, Tensor] | None = None
-    best_error = rows.new_full((rows.shape[0],), math.inf)
+    best_error = rows.new_full((rows.shape[0],), math.inf, dtype=torch.float64)
     for p in PERCENTILES:
         scale, zero_point = qparams_from_range(tails.lower(p), tails.upper(p), spec)
-        restored = fake_quantize_affine(
-            rows, scale[:, None], zero_point[:, None], spec.quant_min, spec.quant_max
-        )
-        error = restored.sub_(rows).square_().mean(dim=1)
+        error = _squared_error(rows, scale, zero_point, spec)
         if best is None:
             best, best_error = (scale, zero_point), error
             continue
@@ -93,6 +112,22 @@ def search_affine(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     assert best is not None  # PERCENTILES is not empty
     scale, zero_point = best
     return (scale, zero_point) if spec.ch_axis is not None else (scale[0], zero_point[0])
+
+
+def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Squared error of each row's quantizer, (channels,) float64; computed in parts that fit a cache."""
+    found = rows.new_zeros(len(rows), dtype=torch.float64)
+    low, high = spec.quant_min - zero_point[:, None], spec.quant_max - zero_point[:, None]
+    columns = min(rows.shape[1], _CHUNK)
+    channels = max(1, _CHUNK // columns)
+    for begin in range(0, len(rows), channels):
+        part = slice(begin, begin + channels)
+        for x in rows[part].split(columns, dim=1):
+            # `fake_quantize_affine` in steps: the error of clamp(round(x / s), low, high).
+            steps = x / scale[part, None]
+            error = torch.clamp(steps.round(), low[part], high[part]).sub_(steps)
+            found[part] += error.square_().sum(dim=1)
+    return found * scale.double().square()
 
 
 def search_log_sqrt2(x: Tensor, spec: QuantSpec) -> Tensor:

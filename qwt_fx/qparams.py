@@ -119,8 +119,8 @@ def fake_quantize_affine(
     `scale` and `zero_point` must broadcast against `x`; the zero point may be any real number.
     The rounding is not on the zero point's grid, exactly as in the published code.
     """
-    codes = torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
-    return (codes - zero_point) * scale
+    codes = (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
+    return codes.sub_(zero_point).mul_(scale)
 
 
 def quantize_log_sqrt2(x: Tensor, scale: Tensor | float, bits: int) -> Tensor:
