@@ -161,16 +161,15 @@ class BlockRunner:
 
         Values that no later node reads are dropped, those in `keep` excepted.
         """
-        nodes = []
+        pending = []
         for node in self.gm.graph.nodes:
             if node not in self._done and node.op not in ("output", "get_attr"):
-                nodes.append(node)
+                pending.append(node)
             if node is to:
                 break
         kept = set(keep) | {to}
+        nodes, shared = self._same_for_every_batch(pending, kept)
         done = self._done | set(nodes)
-        shared = self._same_for_every_batch(nodes, kept, done)
-        nodes = [n for n in nodes if n not in shared]
         for held in self.envs:
             self._run(nodes, held, kept, shared)
             for node in [n for n in held if n not in kept and set(n.users) <= done]:
@@ -183,15 +182,29 @@ class BlockRunner:
             for node in held:
                 held.discard(node)
 
-    def _same_for_every_batch(self, nodes: list[Node], kept: set[Node], done: set[Node]) -> Env:
-        """Values made of parameters alone, such as quantized weights, that are read on the way only."""
-        shared: Env = {}
-        for node in nodes:
+    def _same_for_every_batch(self, pending: list[Node], kept: set[Node]) -> tuple[list[Node], Env]:
+        """What each batch has to run, and the values made of parameters alone that it reads.
+
+        Those, quantized weights above all, are computed once a step, and again in the next step that
+        reads them: nodes of later layers may stand anywhere before, and held for each batch they would be
+        far more than its activations.
+        """
+        constants: dict[Node, None] = {}
+        for node in pending:
             sources = node.all_input_nodes
-            constant = bool(sources) and all(n.op == "get_attr" or n in shared for n in sources)
-            if constant and node not in kept and set(node.users) <= done:
+            made = bool(sources) and all(n.op == "get_attr" or n in constants for n in sources)
+            if made and node not in kept:
+                constants[node] = None
+        nodes = [n for n in pending if n not in constants]
+        read = {source for node in nodes for source in node.all_input_nodes}
+        for node in reversed(constants):
+            if node in read:
+                read.update(node.all_input_nodes)
+        shared: Env = {}
+        for node in constants:
+            if node in read:
                 shared[node] = execute(self.gm, node, shared)
-        return shared
+        return nodes, shared
 
     def _run(self, nodes: list[Node], held: HeldValues, kept: set[Node], shared: Env) -> None:
         """Run nodes for one batch; what lives on goes into what is held, once, at the end."""

@@ -17,6 +17,7 @@ import qwt_fx
 from qwt_fx.clip import ImageTower, TextTower
 from qwt_fx.config import QuantConfig
 from qwt_fx.errors import ConfigError, OutputError
+from qwt_fx.graph import is_constant
 from qwt_fx.kept_batches import KeptBatches
 from qwt_fx.runner import BlockRunner, start
 from qwt_fx.value_store import ValueStore, parse_size
@@ -170,6 +171,22 @@ def test_the_inputs_are_not_held(towers: dict) -> None:
     assert torch.equal(runner.envs[1][image], batches[1])
     runner.advance(next(n for n in graph.graph.nodes if n.op == "call_function"))
     assert image not in set(runner.envs[1])
+
+
+def test_quantized_weights_of_later_layers_are_not_held_for_each_batch(towers: dict) -> None:
+    graph, batches = towers["image"]
+    config = QuantConfig(recipe="repq-vit", compensation="none")
+    gm = qwt_fx.calibrate(qwt_fx.prepare(graph, config), batches)
+    with torch.no_grad():
+        expected = [gm(batch) for batch in batches]
+        runner = BlockRunner(gm, batches)
+        weights = {n for n in gm.graph.nodes if n.all_input_nodes and is_constant(n)}
+        assert len(weights) > 4
+        output = next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes[0]
+        for node in [n for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor] + [output]:
+            runner.advance(node)
+            assert not weights & set(runner.envs[0])
+        assert all(torch.equal(e[output], y) for e, y in zip(runner.envs, expected, strict=True))
 
 
 # Peak memory of one calibration above what the process had before, in MB; words: batches, budget.
