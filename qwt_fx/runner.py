@@ -186,7 +186,7 @@ class BlockRunner:
         """What each batch has to run, and the values made of parameters alone that it reads.
 
         Those, quantized weights above all, are computed once a step, and again in the next step that
-        reads them: nodes of later layers may stand anywhere before, and held for each batch they would be
+        reads them. Nodes of later layers may stand anywhere before; held for each batch they would be
         far more than its activations.
         """
         constants: dict[Node, None] = {}
