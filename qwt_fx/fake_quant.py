@@ -145,7 +145,8 @@ def _round_trip(x: Tensor, *qparams: Any) -> Tensor:
     if x.device.type != "cpu" or x.numel() <= _PART or not x.is_contiguous():
         return torch_ao.DEQUANTIZE_PER_TENSOR(torch_ao.QUANTIZE_PER_TENSOR(x, *qparams), *qparams)  # type: ignore[no-any-return]
     result = torch.empty_like(x)
-    for part, target in zip(x.view(-1).split(_PART), result.view(-1).split(_PART), strict=True):
+    parts = (torch.split(flat.view(-1), _PART) for flat in (x, result))
+    for part, target in zip(*parts, strict=True):
         codes = torch_ao.QUANTIZE_PER_TENSOR(part, *qparams)
         target.copy_(torch_ao.DEQUANTIZE_PER_TENSOR(codes, *qparams))
     return result

@@ -122,7 +122,7 @@ def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantS
     channels = max(1, _CHUNK // columns)
     for begin in range(0, len(rows), channels):
         part = slice(begin, begin + channels)
-        for x in rows[part].split(columns, dim=1):
+        for x in torch.split(rows[part], columns, dim=1):
             # `fake_quantize_affine` in steps: the error of clamp(round(x / s), low, high).
             steps = x / scale[part, None]
             error = torch.clamp(steps.round(), low[part], high[part]).sub_(steps)
