@@ -73,7 +73,8 @@ def test_products_left_in_floating_point_have_a_reason() -> None:
     reasons = {la.name: la.reason for la in layers_to_lower(q) if isinstance(la, FloatLayer)}
     assert "weight is not quantized" in reasons["transformer.resblocks.0.mlp.c_fc"]
     assert "input is not quantized" in reasons["transformer.resblocks.1.mlp.c_fc"]
-    assert "product of activations" in reasons["proj"]
+    assert reasons["proj"] == "its parameter is not quantized"
+    assert "product of activations" in reasons["transformer.resblocks.0.attn"]
 
 
 def test_a_model_without_integer_kernels_is_not_called_one() -> None:
