@@ -170,6 +170,16 @@ def _weight(layout: Layout, layer: IntegerLayer, storage: Storage) -> Node:
     )
 
 
+def int8_changes_weights(quantized: GraphModule) -> bool:
+    """Whether some weights are stored as uint8 codes that `Storage(int8=True)` stores as int8."""
+    weights = [la.weight for la in layers_to_lower(quantized) if isinstance(la, IntegerLayer)]
+    return any(
+        _stored(weight, Storage())[0].dtype is torch.uint8
+        and _stored(weight, Storage(int8=True))[0].dtype is torch.int8
+        for weight in weights
+    )
+
+
 def _stored(weight: IntegerWeight, storage: Storage) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Codes, zero points and the codes' limits as the export stores them."""
     signed = weight.signed()

@@ -26,7 +26,7 @@ from qwt_fx.backends.exports import export_graph
 from qwt_fx.calibration_identity import calibration_journal
 from qwt_fx.capture import adopt, capture
 from qwt_fx.config import QuantConfig
-from qwt_fx.copies import copy_sharing_tensors, own_tensors
+from qwt_fx.copies import copy_sharing_tensors
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.fake_quant import Mode
 from qwt_fx.graph import graph_info, has_graph_info, set_graph_info
@@ -116,7 +116,7 @@ def reparameterize(gm: GraphModule, batches: Any, config: QuantConfig | None = N
     check_parameters(prepared)
     observe(prepared, batches)
     PassManager((ReparameterizeLayerNorm(), RemoveObservers()))(prepared)
-    return prepared
+    return copy.deepcopy(prepared)  # which shares tensors with the graph
 
 
 def calibrate(
@@ -233,8 +233,7 @@ def convert(prepared: GraphModule) -> GraphModule:
     """
     converted = copy_sharing_tensors(prepared)
     ConvertToIntegers()(converted)
-    own_tensors(converted)
-    return converted
+    return copy.deepcopy(converted)  # what is left of the float tensors is shared until here
 
 
 def quantize(

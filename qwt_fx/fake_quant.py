@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qwt_fx import ops, torch_ao
 from qwt_fx.errors import DataError, NotCalibratedError
-from qwt_fx.observer import search
+from qwt_fx.observer import CACHED, search
 from qwt_fx.qparams import LOG_SQRT2, QuantSpec, along_axis
 
 
@@ -122,7 +122,7 @@ class FakeQuant(nn.Module):
             result = ops.FAKE_QUANTIZE_AFFINE(x, *along, *limits)
         elif spec.ch_axis is None:
             per_tensor = (float(scale), int(zero_point), *limits, torch.uint8)
-            result = _round_trip(x, *per_tensor)
+            result = _round_trip_in_parts(x, *per_tensor)
         else:
             axis = spec.ch_axis % x.dim()
             per_channel = (scale, zero_point.to(torch.int64), axis, *limits, torch.uint8)
@@ -135,18 +135,19 @@ class FakeQuant(nn.Module):
         return f"{self.name}, {self.spec.scheme}, {self.spec.bits} bits, {self.mode.value}"
 
 
-# A core's cache holds some tensors of so many elements. The two operators are seven of PyTorch's, and
-# each would pass over memory.
-_PART = 1 << 16
-
-
 def _round_trip(x: Tensor, *qparams: Any) -> Tensor:
-    """Codes of one scale and back; a large tensor on the CPU in parts, to the same bits."""
-    if x.device.type != "cpu" or x.numel() <= _PART or not x.is_contiguous():
-        return torch_ao.DEQUANTIZE_PER_TENSOR(torch_ao.QUANTIZE_PER_TENSOR(x, *qparams), *qparams)  # type: ignore[no-any-return]
+    """Codes of one scale and back."""
+    codes = torch_ao.QUANTIZE_PER_TENSOR(x, *qparams)
+    result: Tensor = torch_ao.DEQUANTIZE_PER_TENSOR(codes, *qparams)
+    return result
+
+
+def _round_trip_in_parts(x: Tensor, *qparams: Any) -> Tensor:
+    """The same bits; a large tensor on the CPU in parts, as the two operators are seven of PyTorch's."""
+    if x.device.type != "cpu" or x.numel() <= CACHED or not x.is_contiguous():
+        return _round_trip(x, *qparams)
     result = torch.empty_like(x)
-    parts = (torch.split(flat.view(-1), _PART) for flat in (x, result))
+    parts = (torch.split(flat.view(-1), CACHED) for flat in (x, result))
     for part, target in zip(*parts, strict=True):
-        codes = torch_ao.QUANTIZE_PER_TENSOR(part, *qparams)
-        target.copy_(torch_ao.DEQUANTIZE_PER_TENSOR(codes, *qparams))
+        target.copy_(_round_trip(part, *qparams))
     return result

@@ -33,7 +33,7 @@ def _rank(p: float, count: int) -> float:
 
 
 # A core's cache holds some tensors of so many elements: beyond it every operator waits for memory.
-_CHUNK = 1 << 16
+CACHED = 1 << 16
 _SAMPLE = 1 << 16
 
 
@@ -44,11 +44,7 @@ def _outermost(rows: Tensor, keep: int, *, largest: bool) -> Tensor:
         # topk moves every value about. A sample tells where the tail begins, and few lie beyond.
         sample = rows[0, :: count // _SAMPLE]
         rank = min(math.ceil(2.0 * keep / count * len(sample)) + 16, len(sample))
-        begin = (
-            sample.topk(rank, largest=largest).values.amin()
-            if largest
-            else (sample.topk(rank, largest=False).values.amax())
-        )
+        begin = sample.topk(rank, largest=largest, sorted=True).values[-1]
         tail = rows[0][rows[0] >= begin if largest else rows[0] <= begin]
         if len(tail) >= keep:
             rows = tail[None]
@@ -118,8 +114,8 @@ def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantS
     """Squared error of each row's quantizer, (channels,) float64; computed in parts that fit a cache."""
     found = rows.new_zeros(len(rows), dtype=torch.float64)
     low, high = spec.quant_min - zero_point[:, None], spec.quant_max - zero_point[:, None]
-    columns = min(rows.shape[1], _CHUNK)
-    channels = max(1, _CHUNK // columns)
+    columns = min(rows.shape[1], CACHED)
+    channels = max(1, CACHED // columns)
     for begin in range(0, len(rows), channels):
         part = slice(begin, begin + channels)
         for x in torch.split(rows[part], columns, dim=1):

@@ -67,11 +67,13 @@ def set_layer(
     elif shift is not None:
         layer.args = (*layer.args, shift)
         layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
-    source = old.args[0] if is_fake_quant(gm, old) else old
-    if is_fake_quant(gm, old) and not old.users:  # a walk over the graph must not meet it
-        gm.graph.erase_node(old)
+    old_weight: object = old
+    if is_fake_quant(gm, old):
+        old_weight = old.args[0]
+        if not old.users:  # a walk over the graph must not meet it
+            gm.graph.erase_node(old)
     # A large model's weights are rewritten several times: what is replaced goes at once.
-    drop_tensor(gm, source)
+    drop_tensor(gm, old_weight)
     drop_tensor(gm, old_bias)
 
 

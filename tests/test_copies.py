@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 from toys import Tower, randomize, tokens
 
 from qwt_fx import QuantConfig, api
-from qwt_fx.copies import copy_sharing_tensors, own_tensors
+from qwt_fx.copies import copy_sharing_tensors
 
 
 class Tied(nn.Module):
@@ -46,8 +48,7 @@ def test_a_copy_lies_where_its_original_does_and_moves_alone() -> None:
 
 def test_owned_tensors_are_nobody_elses_and_ties_stay() -> None:
     gm = symbolic_trace(Tied())
-    copied = copy_sharing_tensors(gm)
-    own_tensors(copied)
+    copied = copy.deepcopy(copy_sharing_tensors(gm))
     assert not set(addresses(copied)) & set(addresses(gm))
     assert copied.first.weight is copied.second.weight
     assert isinstance(copied.first.weight, nn.Parameter)
@@ -62,6 +63,8 @@ def test_a_converted_graph_shares_nothing_with_what_it_was_made_from() -> None:
     assert set(addresses(prepared)) <= set(addresses(graph))
     api.calibrate(prepared, [x])
     converted = api.convert(prepared)
+    reparameterized = api.reparameterize(graph, [x])
+    assert not set(addresses(reparameterized)) & set(addresses(graph))
     assert torch.equal(graph(x), exact)
     expected = converted(x)
     for gm in (graph, prepared):

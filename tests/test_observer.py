@@ -22,9 +22,7 @@ def _values(kind: str) -> Tensor:
         return normal.round()
     if kind == "constant":
         return torch.full((LARGE,), 2.0)
-    if (
-        kind == "hidden"
-    ):  # a sample of every n-th value sees none of the tail, or nothing but the tail
+    if kind == "hidden":  # a sample of every n-th value sees nothing but one tail
         normal[:: LARGE // (1 << 16)] = 50.0
     return normal
 

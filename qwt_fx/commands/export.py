@@ -10,6 +10,7 @@ from typing import Any
 from qwt_fx import api, clip
 from qwt_fx.artifact import read_artifact
 from qwt_fx.backends.exports import PACKS, SUFFIXES, check_format
+from qwt_fx.backends.onnx_layout import int8_changes_weights
 from qwt_fx.backends.onnx_runtime import audit
 from qwt_fx.clip import ClipModel
 from qwt_fx.commands.arguments import add_calibration, add_common, add_model
@@ -18,7 +19,6 @@ from qwt_fx.commands.pipeline import TOWERS
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.commands.verify import Pairs, noise_batches, verify
 from qwt_fx.errors import ConfigError, MissingExtraError
-from qwt_fx.integer_layers import IntegerLayer, layers_to_lower
 from qwt_fx.output import PREPROCESS, OutputDirectory, write_text_atomic
 from qwt_fx.version import __version__
 
@@ -87,19 +87,13 @@ def run(args: argparse.Namespace) -> None:
         ("tower", "file", "MB", "integer layers"),
     )
     graphs = [getattr(model, tower) for tower in towers]
-    if args.format == "onnx" and args.pack == "auto" and any(map(_packs_as_uint8, graphs)):
+    if args.format == "onnx" and args.pack == "auto" and any(map(int8_changes_weights, graphs)):
         screen.note(
             "8-bit weights are uint8, exact on every CPU; --pack int8 is faster in ONNX Runtime "
             "where the CPUs have VNNI"
         )
     if args.verify:
         _verify(args, model, towers, folder, screen)
-
-
-def _packs_as_uint8(graph: Any) -> bool:
-    """Whether pack "auto" stores weights as uint8 that "int8" would store as int8."""
-    layers = (layer for layer in layers_to_lower(graph) if isinstance(layer, IntegerLayer))
-    return any(layer.weight.bits == 8 and layer.weight.signed() is not None for layer in layers)
 
 
 def _export(model: ClipModel, tower: str, args: argparse.Namespace, folder: Path) -> None:
