@@ -116,6 +116,7 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
 
     What is found on data goes through the journal; edits of the graph and of the values do not.
     """
+    release_freed()  # what the last group's fit left
     walk.advance(group)
     release_freed()
     quantizer = None if group.quantizer is None else fake_quant_of(walk.gm, group.quantizer)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 CHUNK = 4096
 _SPLITS, _SPLIT_FROM = 4, 512
+_ROWS = 256
 
 
 @dataclass
@@ -145,8 +146,11 @@ def refit(centred: tuple[Tensor, Tensor], ridge: float) -> Tensor | None:
     if not bool(mean > 0.0):
         return None
     for dtype in (torch.float32, torch.float64):
-        # In units of the mean eigenvalue: sums of large values would overflow float32.
-        damped = (gram / mean).to(dtype)
+        # In units of the mean eigenvalue: sums of large values would overflow float32. In parts, as
+        # a quotient of the whole would be a float64 matrix more just where most is held.
+        damped = torch.empty_like(gram, dtype=dtype)
+        for target, rows in zip(torch.split(damped, _ROWS), torch.split(gram, _ROWS), strict=True):
+            target.copy_(rows / mean)
         damped.diagonal().add_(ridge)
         factor, info = torch.linalg.cholesky_ex(damped)
         del damped  # as large as the Gram, and the solution takes a copy of its own

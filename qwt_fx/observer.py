@@ -7,6 +7,7 @@ with the least mean squared error wins, the first of equals (RepQ-ViT's publishe
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def _rank(p: float, count: int) -> float:
 # A core's cache holds some tensors of so many elements: beyond it every operator waits for memory.
 CACHED = 1 << 16
 _SAMPLE = 1 << 16
+_BLOCK = 64
 
 
 def _outermost(rows: Tensor, keep: int, *, largest: bool) -> Tensor:
@@ -45,10 +47,19 @@ def _outermost(rows: Tensor, keep: int, *, largest: bool) -> Tensor:
         sample = rows[0, :: count // _SAMPLE]
         rank = min(math.ceil(2.0 * keep / count * len(sample)) + 16, len(sample))
         begin = sample.topk(rank, largest=largest, sorted=True).values[-1]
-        tail = rows[0][rows[0] >= begin if largest else rows[0] <= begin]
+        tail = _beyond(rows[0], begin, largest=largest)
         if len(tail) >= keep:
             rows = tail[None]
     return rows.topk(keep, dim=1, largest=largest, sorted=True).values
+
+
+def _beyond(row: Tensor, begin: Tensor, *, largest: bool) -> Tensor:
+    """The values of (n,) that are at least `begin` (or at most), in any order, where they are few."""
+    whole = row[: len(row) - len(row) % _BLOCK].view(-1, _BLOCK)
+    # Most blocks hold none, and their extremes are found in one pass that writes next to nothing.
+    hit = whole[whole.amax(dim=1) >= begin] if largest else whole[whole.amin(dim=1) <= begin]
+    few = torch.cat([hit.flatten(), row[whole.numel() :]])
+    return few[few >= begin if largest else few <= begin]
 
 
 class _Tails:
@@ -118,11 +129,16 @@ def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantS
     channels = max(1, CACHED // columns)
     for begin in range(0, len(rows), channels):
         part = slice(begin, begin + channels)
+        bounds: Any = (low[part], high[part])
+        if len(bounds[0]) == 1:  # numbers are clamped to in half the time
+            bounds = tuple(map(float, bounds))
         for x in torch.split(rows[part], columns, dim=1):
             # `fake_quantize_affine` in steps: the error of clamp(round(x / s), low, high).
             steps = x / scale[part, None]
-            error = torch.clamp(steps.round(), low[part], high[part]).sub_(steps)
-            found[part] += error.square_().sum(dim=1)
+            error = steps.round().clamp_(*bounds).sub_(steps)
+            found[part] += (
+                torch.dot(error[0], error[0]) if len(error) == 1 else error.square_().sum(1)
+            )
     return found * scale.double().square()
 
 
