@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from qwt_fx.runner import placeholders
@@ -39,12 +39,30 @@ def record_full_length(gm: GraphModule, ids: Tensor) -> None:
     the whole context is as good as less.
     """
     (source,) = placeholders(gm)
-    example = source.meta["val"]
-    batch, length = example.shape
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=example.fake_mode.shape_env)
-    with mode:
-        full = torch.empty((batch, ids.shape[1]), dtype=ids.dtype, device=ids.device)
-    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(full)
-    source.meta["val"] = example
+    length = source.meta["val"].shape[1].node.expr
+
+    def full_size(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        # Put in, not run again: torch 2.11 fixes the batch while a graph runs on symbols.
+        found = size.node.expr.subs(length, ids.shape[1])
+        if found.is_Integer:
+            return int(found)
+        return size.node.shape_env.create_symintnode(found, hint=None)
+
+    def full(value: Any) -> Any:
+        if not isinstance(value, FakeTensor):
+            return full_size(value)
+        with value.fake_mode:
+            return torch.empty_strided(
+                [full_size(s) for s in value.shape],
+                [full_size(s) for s in value.stride()],
+                dtype=value.dtype,
+                device=value.device,
+            )
+
+    for node in gm.graph.nodes:
+        if node is not source and "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(full, node.meta["val"])
     constraints: Any = gm.range_constraints
-    constraints[length.node.expr] = ValueRanges(1, ids.shape[1])
+    constraints[length] = ValueRanges(1, ids.shape[1])
