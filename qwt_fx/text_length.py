@@ -48,7 +48,8 @@ def record_full_length(gm: GraphModule, ids: Tensor) -> None:
         found = size.node.expr.subs(length, ids.shape[1])
         if found.is_Integer:
             return int(found)
-        return size.node.shape_env.create_symintnode(found, hint=None)
+        symbols: Any = size.node.shape_env
+        return symbols.create_symintnode(found, hint=None)
 
     def full(value: Any) -> Any:
         if not isinstance(value, FakeTensor):
