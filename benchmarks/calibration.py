@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import open_clip
 import torch
@@ -121,11 +122,8 @@ def clocked_observers() -> Iterator[list[float]]:
         observe(self, x)
         seconds.append(time.process_time() - begun)
 
-    FakeQuant.observe = timed  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(FakeQuant, "observe", timed):
         yield seconds
-    finally:
-        FakeQuant.observe = observe  # type: ignore[method-assign]
 
 
 def run_search(args: argparse.Namespace) -> dict[str, Any]:
