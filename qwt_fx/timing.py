@@ -29,7 +29,7 @@ class Latency:
         return sorted(self.seconds)[math.ceil(0.9 * len(self.seconds)) - 1]
 
 
-# Seconds between two calls. Threads of a runtime go on spinning for some milliseconds after its
+# Seconds between two functions. Threads of a runtime go on spinning for some milliseconds after its
 # call, on cores that the next function needs.
 PAUSE = 0.1
 
@@ -40,13 +40,15 @@ def interleaved(
     """Time each function once a round, after `warm_up` rounds that do not count.
 
     Every second round runs backwards: what a function leaves in the caches meets both neighbours.
-    `pause`: seconds before each call.
+    `pause`: seconds before each function's turn, which begins with a call that does not count: it
+    wakes the runtime's threads and brings its weights back into the caches, as in a busy server.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for number in range(-warm_up, rounds):
         for name in names if number % 2 == 0 else reversed(names):
             time.sleep(pause)
+            functions[name]()
             begun = time.perf_counter()
             functions[name]()
             elapsed = time.perf_counter() - begun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -134,8 +135,21 @@ def test_rounds_are_interleaved_and_warm_up_does_not_count() -> None:
     found = interleaved(
         {n: lambda n=n: called.append(n) for n in "ab"}, rounds=3, warm_up=1, pause=0.0
     )
-    assert "".join(called) == "baabbaab"
+    assert "".join(called) == "bbaaaabbbbaaaabb"  # each turn is two calls
     assert all(len(latency.seconds) == 3 for latency in found.values())
+
+
+def test_the_first_call_after_a_pause_does_not_count() -> None:
+    calls = iter(range(4))
+
+    def slow_after_a_pause() -> None:
+        time.sleep(0.2 if next(calls) % 2 == 0 else 0.0)
+
+    found = interleaved({"a": slow_after_a_pause}, rounds=2, warm_up=0, pause=0.0)
+    assert max(found["a"].seconds) < 0.2
+
+
+def test_median_and_p90() -> None:
     latency = Latency(tuple(float(s) for s in range(10, 0, -1)))
     assert (latency.median, latency.p90) == (5.5, 9.0)
     assert Latency((2.0,)).p90 == 2.0

@@ -54,7 +54,8 @@ class _Text(nn.Module):
         self.positional_embedding = model.positional_embedding
         self.text_projection = model.text_projection
         self.register_buffer("attn_mask", model.attn_mask, persistent=False)
-        self.text_pool_type, self.text_eos_id = model.text_pool_type, model.text_eos_id
+        self.text_pool_type = model.text_pool_type
+        self.text_eos_id = getattr(model, "text_eos_id", None)  # open_clip 3.1 and newer ask for it
 
     def forward(self, text: Tensor) -> Tensor:
         return open_clip.CLIP.encode_text(self, text)
