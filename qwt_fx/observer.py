@@ -95,7 +95,11 @@ class _Tails:
 def _channels_first(x: Tensor, ch_axis: int | None) -> Tensor:
     if ch_axis is None:
         return x.reshape(1, -1)
-    return x.movedim(ch_axis, 0).reshape(x.shape[ch_axis], -1).contiguous()
+    first = x.movedim(ch_axis, 0)
+    # The order within a channel is free. As it lies in memory the rest is one dimension, and the
+    # copy a transposition of two, which torch does in blocks.
+    rest = sorted(range(1, first.dim()), key=first.stride, reverse=True)
+    return first.permute(0, *rest).reshape(len(first), -1).contiguous()
 
 
 def search_affine(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
