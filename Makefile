@@ -12,6 +12,7 @@ JOBS ?= 2
 PYTEST = env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV OMP_NUM_THREADS=1 \
   $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
 FULL_LOG := benchmarks/results/test-full.log
+MIN_LOG := benchmarks/results/test-min.log
 FAULTS := $(addprefix tests/test_,$(addsuffix .py,artifact graph_json checkpoints output shards \
   tar_shard stream_shard shard_index decoding captions data classes))
 
@@ -58,11 +59,13 @@ test-full: check
 	@$(call PYTEST,$(VENV)) -rs --durations=15 > $(FULL_LOG) 2>&1; \
 	  status=$$?; tail -n 40 $(FULL_LOG); exit $$status
 
-# The oldest supported versions, in an environment of their own.
+# The oldest supported versions, in an environment of their own. The log is kept too.
 test-min:
 	@PYTHON="$(PYTHON)" bash scripts/environment.sh $(MIN) scripts/constraints-min.txt
 	@echo "== tests: fast tier, oldest versions"
-	@$(call PYTEST,$(MIN)) $(FAST)
+	@mkdir -p $(dir $(MIN_LOG))
+	@$(call PYTEST,$(MIN)) $(FAST) -rs > $(MIN_LOG) 2>&1; \
+	  status=$$?; tail -n 40 $(MIN_LOG); exit $$status
 
 bench: environment
 	@for script in $(filter-out benchmarks/common.py benchmarks/rivals.py,$(wildcard benchmarks/*.py)); do \
