@@ -7,7 +7,9 @@ with the least mean squared error wins, the first of equals (RepQ-ViT's publishe
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -35,31 +37,23 @@ def _rank(p: float, count: int) -> float:
 
 # A core's cache holds some tensors of so many elements: beyond it every operator waits for memory.
 CACHED = 1 << 16
-_SAMPLE = 1 << 16
-_BLOCK = 64
+_BLOCK = 32
+_WORTH = 12  # blocks a value looked for, from which looking at blocks is faster
 
 
 def _outermost(rows: Tensor, keep: int, *, largest: bool) -> Tensor:
     """The `keep` largest (or smallest) values of each row of (channels, n), sorted, outermost first."""
     count = rows.shape[1]
-    if len(rows) == 1 and count > 16 * _SAMPLE:
-        # topk moves every value about. A sample tells where the tail begins, and few lie beyond.
-        sample = rows[0, :: count // _SAMPLE]
-        rank = min(math.ceil(2.0 * keep / count * len(sample)) + 16, len(sample))
-        begin = sample.topk(rank, largest=largest, sorted=True).values[-1]
-        tail = _beyond(rows[0], begin, largest=largest)
-        if len(tail) >= keep:
-            rows = tail[None]
+    blocks = count // _BLOCK
+    if blocks >= _WORTH * keep:
+        # topk moves every value about. The outermost ones lie in the blocks of the outermost
+        # extremes, which are found in one pass that writes next to nothing.
+        whole = rows[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+        extremes = whole.amax(dim=2) if largest else whole.amin(dim=2)
+        chosen = extremes.topk(keep, dim=1, largest=largest, sorted=False).indices
+        few = whole.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
+        rows = torch.cat([few, rows[:, blocks * _BLOCK :]], dim=1)
     return rows.topk(keep, dim=1, largest=largest, sorted=True).values
-
-
-def _beyond(row: Tensor, begin: Tensor, *, largest: bool) -> Tensor:
-    """The values of (n,) that are at least `begin` (or at most), in any order, where they are few."""
-    whole = row[: len(row) - len(row) % _BLOCK].view(-1, _BLOCK)
-    # Most blocks hold none, and their extremes are found in one pass that writes next to nothing.
-    hit = whole[whole.amax(dim=1) >= begin] if largest else whole[whole.amin(dim=1) <= begin]
-    few = torch.cat([hit.flatten(), row[whole.numel() :]])
-    return few[few >= begin if largest else few <= begin]
 
 
 class _Tails:
@@ -109,41 +103,64 @@ def search_affine(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """
     rows = _channels_first(x.detach().float(), spec.ch_axis)
     tails = _Tails(rows, min(PERCENTILES))
-    best: tuple[Tensor, Tensor] | None = None
-    best_error = rows.new_full((rows.shape[0],), math.inf, dtype=torch.float64)
-    for p in PERCENTILES:
-        scale, zero_point = qparams_from_range(tails.lower(p), tails.upper(p), spec)
-        error = _squared_error(rows, scale, zero_point, spec)
-        if best is None:
-            best, best_error = (scale, zero_point), error
+    candidates = [qparams_from_range(tails.lower(p), tails.upper(p), spec) for p in PERCENTILES]
+    best, best_error = candidates[0], None
+    for candidate, error in zip(candidates, _squared_errors(rows, candidates, spec), strict=True):
+        if best_error is None:
+            best_error = error
             continue
         better = error < best_error
-        best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
+        best = (
+            torch.where(better, candidate[0], best[0]),
+            torch.where(better, candidate[1], best[1]),
+        )
         best_error = torch.where(better, error, best_error)
-    assert best is not None  # PERCENTILES is not empty
     scale, zero_point = best
     return (scale, zero_point) if spec.ch_axis is not None else (scale[0], zero_point[0])
 
 
-def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Squared error of each row's quantizer, (channels,) float64; computed in parts that fit a cache."""
-    found = rows.new_zeros(len(rows), dtype=torch.float64)
-    low, high = spec.quant_min - zero_point[:, None], spec.quant_max - zero_point[:, None]
+def _squared_errors(
+    rows: Tensor, candidates: Sequence[tuple[Tensor, Tensor]], spec: QuantSpec
+) -> Tensor:
+    """Squared error of each row's quantizer with each candidate, (candidates, channels) float64.
+
+    Computed in parts that fit a cache, where all candidates read them.
+    """
+    found = rows.new_zeros(len(candidates), len(rows), dtype=torch.float64)
     columns = min(rows.shape[1], CACHED)
     channels = max(1, CACHED // columns)
     for begin in range(0, len(rows), channels):
         part = slice(begin, begin + channels)
-        bounds: Any = (low[part], high[part])
-        if len(bounds[0]) == 1:  # numbers are clamped to in half the time
-            bounds = tuple(map(float, bounds))
+        quantizers = [_Quantizer.of(s[part, None], z[part, None], spec) for s, z in candidates]
         for x in torch.split(rows[part], columns, dim=1):
-            # `fake_quantize_affine` in steps: the error of clamp(round(x / s), low, high).
-            steps = x / scale[part, None]
-            error = steps.round().clamp_(*bounds).sub_(steps)
-            found[part] += (
-                torch.dot(error[0], error[0]) if len(error) == 1 else error.square_().sum(1)
-            )
-    return found * scale.double().square()
+            for index, quantizer in enumerate(quantizers):
+                found[index, part] += quantizer.squared_steps(x)
+    scales = torch.stack([scale for scale, _ in candidates]).double()
+    return found * scales.square()
+
+
+@dataclass(frozen=True)
+class _Quantizer:
+    """`fake_quantize_affine` of some rows, in steps: clamp(round(x / scale), low, high)."""
+
+    scale: Tensor
+    low: Tensor | float
+    high: Tensor | float
+
+    @classmethod
+    def of(cls, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Self:
+        """scale, zero_point: (channels, 1)."""
+        low, high = spec.quant_min - zero_point, spec.quant_max - zero_point
+        if len(scale) == 1:  # numbers are clamped to in half the time
+            return cls(scale, float(low), float(high))
+        return cls(scale, low, high)
+
+    def squared_steps(self, x: Tensor) -> Tensor:
+        """Squared error of (channels, n), summed over each row, in squares of its step."""
+        steps = x / self.scale
+        error: Any = steps.round()
+        error = error.clamp_(self.low, self.high).sub_(steps)
+        return torch.dot(error[0], error[0]) if len(error) == 1 else error.square_().sum(1)
 
 
 def search_log_sqrt2(x: Tensor, spec: QuantSpec) -> Tensor:
