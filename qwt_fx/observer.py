@@ -48,7 +48,7 @@ def _outermost(rows: Tensor, keep: int, *, largest: bool) -> Tensor:
     if blocks >= _WORTH * keep:
         # topk moves every value about. The outermost ones lie in the blocks of the outermost
         # extremes, which are found in one pass that writes next to nothing.
-        whole = rows[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+        whole = rows[:, : blocks * _BLOCK].reshape(len(rows), blocks, _BLOCK)
         extremes = whole.amax(dim=2) if largest else whole.amin(dim=2)
         chosen = extremes.topk(keep, dim=1, largest=largest, sorted=False).indices
         few = whole.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
