@@ -104,11 +104,9 @@ def search_affine(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     rows = _channels_first(x.detach().float(), spec.ch_axis)
     tails = _Tails(rows, min(PERCENTILES))
     candidates = [qparams_from_range(tails.lower(p), tails.upper(p), spec) for p in PERCENTILES]
-    best, best_error = candidates[0], None
-    for candidate, error in zip(candidates, _squared_errors(rows, candidates, spec), strict=True):
-        if best_error is None:
-            best_error = error
-            continue
+    errors = _squared_errors(rows, candidates, spec)
+    best, best_error = candidates[0], errors[0]
+    for candidate, error in zip(candidates[1:], errors[1:], strict=True):
         better = error < best_error
         best = (
             torch.where(better, candidate[0], best[0]),

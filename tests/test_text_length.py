@@ -78,7 +78,8 @@ def test_no_record_but_the_inputs_holds_the_length(graph: GraphModule) -> None:
 def test_the_graph_runs_at_lengths_up_to_the_context(graph: GraphModule) -> None:
     (source,) = placeholders(graph)
     length = source.meta["val"].shape[1].node.expr
-    allowed: Any = graph.range_constraints[length]  # type: ignore[index]
+    constraints: Any = graph.range_constraints
+    allowed = constraints[length]
     assert (int(allowed.lower), int(allowed.upper)) == (1, CONTEXT)
     for tokens in (3, 7, CONTEXT):
         assert graph(_ids(2, tokens)).shape == graph(_ids(2)).shape
