@@ -4,6 +4,9 @@
 (b) besides, an outlier that it does not undo: at text position 0 and the class token 1 % of the channels
 are multiplied by 50 behind every ln_1, and no weight makes up for it.
 
+How far a model itself amplifies errors is shown in floating point: white noise, as many dB below what
+each block adds to the stream (`--noise`), behind every block.
+
 usage: python benchmarks/real_size.py [--samples 128] [--layers 12] [--bits 6/6 4/4]
 """
 
@@ -17,6 +20,7 @@ from typing import Any
 import open_clip
 import torch
 from common import kept_results, machine, write_results
+from open_clip.transformer import ResidualAttentionBlock
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -87,6 +91,24 @@ def build(layers: int, outlier: bool, seed: int) -> dict[str, nn.Module]:
     return {"image": ImageTower(model), "text": TextTower(model)}
 
 
+@torch.no_grad()
+def with_noise(model: nn.Module, test: Tensor, level: float) -> Tensor:
+    """The output in floating point with noise `level` dB below what each block adds, behind it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        size = (output - inputs[0]).square().mean(dim=-1, keepdim=True).sqrt()
+        noise = torch.randn(output.shape, generator=generator)
+        return output + noise * size * 10.0 ** (-level / 20.0)
+
+    blocks = [m for m in model.modules() if isinstance(m, ResidualAttentionBlock)]
+    hooks = [block.register_forward_hook(add) for block in blocks]
+    noisy: Tensor = model(test)
+    for hook in hooks:
+        hook.remove()
+    return noisy
+
+
 def inputs(tower: str, count: int, generator: torch.Generator) -> Tensor:
     """Seeded noise images, or captions of 5 to 30 random words."""
     if tower == "image":
@@ -109,6 +131,7 @@ def main() -> None:
     parser.add_argument("--towers", nargs="+", default=["image", "text"])
     parser.add_argument("--models", nargs="+", default=["a", "b"], choices=("a", "b"))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--noise", type=float, nargs="*", default=[30.0], help="dB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="real_size", help="results/NAME.json")
@@ -130,6 +153,16 @@ def main() -> None:
             graph = api.capture(model, (test[:2],))
             with torch.no_grad():
                 exact = graph(test)
+            for level in args.noise:
+                key = {
+                    "tower": tower, "model": "(b)" if outlier else "(a)", "W/A": "float",
+                    "row": f"noise, {level:g} dB", "layers": args.layers, "seed": args.seed,
+                }  # fmt: skip
+                if not any(key.items() <= row.items() for row in rows):
+                    value = sqnr_db(exact, with_noise(model, test, level))
+                    rows.append(key | {"SQNR (dB)": value})
+                    write_results(args.name, vars(args) | {"machine": machine(), "rows": rows})
+                    print(rows[-1], flush=True)
             for bits in args.bits:
                 w_bits, a_bits = (int(b) for b in bits.split("/"))
                 for name in args.rows:

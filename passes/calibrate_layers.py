@@ -10,11 +10,14 @@ one value. With x the value on the quantized path, x_fp on the floating-point pa
    QUANTIZED x, with a ridge that held-out samples choose (ERQ, arXiv 2407.06794; the target of
    GPTAQ, arXiv 2504.02692). A layer that adds to a residual stream repairs what the stream misses;
 4. the weights are rounded by GPTQ on the same sums (W7), and the bias takes the mean error.
+
+Behind a block whose layers are done, the block may be compensated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.block_compensation import CompensationSettings, why_no_block
 from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import FakeQuant, Mode
 from qwt_fx.gram import LayerSums
@@ -40,6 +44,7 @@ from qwt_fx.pass_base import Change, Pass, Skip
 from qwt_fx.qparams import LOG_SQRT2
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale import set_layer, weight_and_bias
+from qwt_fx.share import Share
 from qwt_fx.value_store import ValueStore
 
 
@@ -54,6 +59,9 @@ class CalibrateLayers(Pass):
         progress: called as progress(groups done, groups).
         journal: keeps what each group was found to need, and is committed after each.
         store: keeps the activations at the point reached.
+        compensation: blocks are compensated by these settings as soon as their layers are done, so
+            that the layers behind them are fitted on what they will read; `None`: not at all.
+        compensating: entered around each compensation, which it may clock.
 
     Afterwards every quantizer has qparams and is switched on, and per-channel quantizers behind
     norms are per-tensor. Run again, it would round rounded weights: not idempotent. Raises
@@ -66,6 +74,10 @@ class CalibrateLayers(Pass):
     progress: Any = field(default=None, compare=False)
     journal: Journal = field(default=NO_JOURNAL, compare=False)
     store: ValueStore = field(default_factory=ValueStore, compare=False)
+    compensation: CompensationSettings | None = None
+    compensating: Callable[[], AbstractContextManager[None]] = field(
+        default=nullcontext, compare=False
+    )
 
     preserves_fp: ClassVar[bool] = False
 
@@ -74,15 +86,25 @@ class CalibrateLayers(Pass):
         set_mode(gm, Mode.ON)
         _weights_next_to_layers(gm)
         groups = find_groups(gm)
+        compensation = self.compensation
+        if compensation and (reason := why_no_block(gm, Share.of(self.batches), compensation)):
+            compensation = None
+            yield Skip("graph", reason)
         walk = Lockstep(
-            gm, self.reference, self.batches, groups, self.remedies, self.journal, self.store
-        )
+            gm, self.reference, self.batches, groups, self.remedies, self.journal, self.store,
+            compensation,
+        )  # fmt: skip
         with torch.no_grad():
             for index, group in enumerate(groups):
+                with self.compensating():
+                    yield from walk.compensate(group)
                 yield from _calibrate(walk, group)
                 self.journal.commit()
                 if self.progress is not None:
                     self.progress(index + 1, len(groups))
+            with self.compensating():
+                yield from walk.compensate(None)
+            self.journal.commit()
         walk.release()
 
 
@@ -127,8 +149,7 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
         return
     layers = [n for n in group.layers if can_be_rows(n)]
     if quantizer is not None:
-        group, done = fit_range(walk, group, quantizer)
-        yield Change(quantizer.name, done)
+        yield Change(quantizer.name, fit_range(walk, group, quantizer))
     names = ", ".join(map(layer_name, layers))
     fits = walk.journal.once(f"fit of {names}", partial(_fits, walk, group, layers, quantizer))
     for layer, fitted in zip(layers, fits, strict=True):

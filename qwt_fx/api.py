@@ -50,7 +50,7 @@ from qwt_fx.passes.raise_sensitive_layers import RaiseSensitiveLayers
 from qwt_fx.passes.remove_observers import RemoveObservers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
 from qwt_fx.quantizers import compensation_bytes, compensation_tensors, qparams
-from qwt_fx.recipes import recipe_for
+from qwt_fx.recipes import compensation_of, recipe_for
 from qwt_fx.report import build_report
 from qwt_fx.share import Share
 from qwt_fx.value_store import ValueStore, value_store
@@ -65,11 +65,15 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def _timed(seconds: Seconds | None, phase: str) -> Iterator[None]:
+def _timed(seconds: Seconds | None, phase: str, inside: str | None = None) -> Iterator[None]:
+    """Clock a phase; `inside`: another one that is being clocked, and pauses."""
     begun = time.perf_counter()
     yield
     if seconds is not None:
-        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begun
+        taken = time.perf_counter() - begun
+        seconds[phase] = seconds.get(phase, 0.0) + taken
+        if inside is not None:
+            seconds[inside] = seconds.get(inside, 0.0) - taken
 
 
 def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
@@ -181,6 +185,7 @@ def _calibrate(
     if config.exceptions > 0.0:
         RaiseSensitiveLayers(share, config.exceptions, journal=keeping.journal)(prepared)
     floating = _floating_twin(prepared)
+    compensation = compensation_of(recipe, config.hold_out)
     if recipe.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
         QuantizeEmbeddings()(prepared)
     if recipe.layers is None:
@@ -191,26 +196,28 @@ def _calibrate(
         # The reparameterized blocks without quantizers, as the published code takes them: the same
         # function as the model's own blocks up to rounding.
         floating = _floating_twin(prepared)
+        with _timed(seconds, "compensate"):
+            if compensation is not None:
+                InsertCompensation(
+                    floating,
+                    share,
+                    **vars(compensation),
+                    progress=_phase(progress, "compensate"),
+                    **vars(keeping),
+                )(prepared)
     else:
         with _timed(seconds, "reparameterize"):
             if recipe.constant_tokens:
                 FixConstantTokens(share)(prepared)
         with _timed(seconds, "calibrate"):
             CalibrateLayers(
-                floating, share, recipe.layers, _phase(progress, "calibrate"), **vars(keeping)
-            )(prepared)
-    with _timed(seconds, "compensate"):
-        if recipe.compensation != "none":
-            InsertCompensation(
                 floating,
                 share,
-                kind=recipe.compensation,
-                target=recipe.target,
-                hold_out=config.hold_out if recipe.held_out else 0.0,
-                token_masks=recipe.mask_regression,
-                half=recipe.half_compensation,
-                progress=_phase(progress, "compensate"),
+                recipe.layers,
+                _phase(progress, "calibrate"),
                 **vars(keeping),
+                compensation=compensation,
+                compensating=partial(_timed, seconds, "compensate", inside="calibrate"),
             )(prepared)
     with _timed(seconds, "calibrate"):
         if share.ranks.first:  # which holds batch 0

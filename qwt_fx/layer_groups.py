@@ -16,16 +16,22 @@ from qwt_fx.norms import fake_quant_of, is_fake_quant, weight_node
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """One value, its quantizer (`None` in floating point), and the layers that read it.
+    """The quantizer of one value (`None` in floating point), and the layers that read it.
 
     `layers` are linears, or one convolution, whose weights are parameters; `shared` says that
     something else, such as an attention product, reads the quantized value too.
     """
 
-    source: Node
     quantizer: Node | None
     layers: tuple[Node, ...]
     shared: bool
+
+    @property
+    def source(self) -> Node:
+        """The value; another one once something has been inserted behind it."""
+        source = (self.quantizer or self.layers[0]).args[0]
+        assert isinstance(source, Node)
+        return source
 
 
 def find_groups(gm: GraphModule) -> list[LayerGroup]:
@@ -37,12 +43,10 @@ def find_groups(gm: GraphModule) -> list[LayerGroup]:
         if is_fake_quant(gm, node) and tensor_of(gm, node.args[0]) is None:
             layers, shared = _readers(gm, node)
             taken |= set(layers)
-            source = node.args[0]
-            assert isinstance(source, Node)
-            groups.append(LayerGroup(source, node, tuple(layers), shared))
+            groups.append(LayerGroup(node, tuple(layers), shared))
     for node in gm.graph.nodes:
         if _is_layer(gm, node) and node not in taken and is_fake_quant(gm, node.args[1]):
-            groups.append(LayerGroup(node.args[0], None, (node,), False))
+            groups.append(LayerGroup(None, (node,), False))
     return sorted(groups, key=lambda g: position[g.quantizer or g.layers[0]])
 
 

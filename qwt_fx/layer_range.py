@@ -45,11 +45,11 @@ Histograms = Callable[[], Histogram]
 """A group's histogram, counted when it is first asked for."""
 
 
-def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[LayerGroup, str]:
+def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> str:
     """Rescale what can be, then set the quantizer's qparams.
 
-    Returns the group, whose source changes where its input gets a product of its own, and what was
-    done. Raises `DataError` for values that are not finite.
+    Returns what was done; the group's source has changed where its input got a product of its own.
+    Raises `DataError` for values that are not finite.
     """
     # Counted when first asked for: before anything moves, and not at all where the journal knows.
     histogram = cache(partial(_histogram, walk, group, quantizer.name))
@@ -59,7 +59,7 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[
     if linears and len(linears) == len(group.layers) and not group.shared:
         rescale, done = _move_upstream(walk, group, histogram, spec)
         if rescale is None and walk.remedies.input_scales and spec.bits < _FINE_ENOUGH:
-            group, rescale = _multiply_input(walk, group, histogram, spec, quantizer.name)
+            rescale = _multiply_input(walk, group, histogram, spec, quantizer.name)
             done = "one range" if rescale is None else "moved into a product of the input"
         if rescale is not None:
             done += f", strength {rescale.strength:g}"
@@ -71,7 +71,7 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> tuple[
         done += f", {int((token_scale != 1).sum())} positions with scales of their own"
     quantizer.spec = spec
     quantizer.set_qparams(found.scale, found.zero_point)
-    return group, done
+    return done
 
 
 def _best_range(
@@ -205,7 +205,7 @@ def _move_upstream(
 
 def _multiply_input(
     walk: Lockstep, group: LayerGroup, histogram: Histograms, spec: QuantSpec, name: str
-) -> tuple[LayerGroup, Rescale | None]:
+) -> Rescale | None:
     """Multiply the input by a constant per channel, where that leaves far less error."""
 
     def find() -> Rescale | None:
@@ -216,15 +216,16 @@ def _multiply_input(
             plain -= max(gained, 0.0)
         return None if chosen.error >= _WORTH * plain else chosen
 
-    chosen = walk.journal.once(f"product of the input of {name}", find)
+    chosen: Rescale | None = walk.journal.once(f"product of the input of {name}", find)
     if chosen is None:
-        return group, None
+        return None
     assert group.quantizer is not None  # fit_range has one
-    source = divide_input(walk.gm, group.quantizer, chosen.scale, chosen.shift)
+    source = group.source
+    divide_input(walk.gm, group.quantizer, chosen.scale, chosen.shift)
     for linear in group.layers:
         undo_in_columns(walk.gm, linear, chosen.scale, chosen.shift)
-    walk.follow(group.source, source)
-    return replace(group, source=source), chosen
+    walk.follow(source, group.source)
+    return chosen
 
 
 def _choose(

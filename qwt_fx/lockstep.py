@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.block_compensation import BlockCompensation, CompensationSettings
 from qwt_fx.gram import CHUNK
 from qwt_fx.graph import LINEAR, find_node, graph_info, is_call
 from qwt_fx.hold_out import held_out_samples
 from qwt_fx.journal import NO_JOURNAL, Journal
 from qwt_fx.layer_groups import LayerGroup, residual_of, rows_of
 from qwt_fx.norms import is_fake_quant
+from qwt_fx.pass_base import Change, Skip
 from qwt_fx.precision import wide
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale_search import Rescale
@@ -47,6 +49,7 @@ class Lockstep:
         remedies: LayerRemedies,
         journal: Journal = NO_JOURNAL,
         store: ValueStore | None = None,
+        compensation: CompensationSettings | None = None,
     ) -> None:
         self.gm = gm
         self.reference = reference
@@ -59,12 +62,18 @@ class Lockstep:
         self._floating = BlockRunner(reference, mine, store)
         judges = torch.split(held_out_samples(self.share.samples, remedies.hold_out), sizes)
         self._judges = self.share.of_mine(judges)
-        sources = [g.source for g in groups]
-        self._tokens = token_masks(gm, mine, sources)
+        boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
+        self._tokens = token_masks(gm, mine, [*(g.source for g in groups), *boundary])
         self._position = {node: at for at, node in enumerate(reference.graph.nodes)}
         layers = [layer for g in groups for layer in g.layers]
         self._outputs = {layer: self._output_of(layer) for layer in layers}
+        self._sums = self._sums_of(groups)
         self._targets = {g: self._targets_of(g) for g in groups if remedies.fp_target}
+        self._blocks: BlockCompensation | None = None
+        if compensation is not None:
+            self._blocks = BlockCompensation(
+                compensation, self._quantized, self._floating, self.share, journal, self._tokens
+            )
 
     def release(self) -> None:
         """Drop everything that is held: the walk is over."""
@@ -73,19 +82,44 @@ class Lockstep:
 
     def advance(self, group: LayerGroup) -> None:
         """Run the quantized graph up to the value a group reads, the other up to what it aims at."""
-        self._quantized.advance(group.source)
         ours = self._targets.pop(group, set())
-        if ours:
-            kept = ours.union(*self._targets.values())
-            self._floating.advance(max(ours, key=self._position.__getitem__), keep=kept)
+        if ours:  # first: the widest value there is let go before the one here is made
+            self._floating.pinned = ours.union(*self._targets.values())
+            self._floating.advance(max(ours, key=self._position.__getitem__))
+        self._quantized.advance(group.source)
+
+    def compensate(self, group: LayerGroup | None) -> Iterator[Change | Skip]:
+        """Compensate the blocks that end before the value a group reads; `None`: all that are left."""
+        if self._blocks is not None:
+            self._floating.pinned = set().union(*self._targets.values())
+            yield from self._blocks.up_to(None if group is None else group.source)
 
     def _targets_of(self, group: LayerGroup) -> set[Node]:
         """The floating-point nodes whose values a group's layers are fitted with."""
         found = set()
         for layer in group.layers:
+            if layer in self._sums:
+                found.add(self._sums[layer])
+                continue
             residual = residual_of(layer)
             found |= {self._outputs[layer] or self.twin(group.source)}
             found |= set() if residual is None else {self.twin(residual)}
+        return found
+
+    def _sums_of(self, groups: list[LayerGroup]) -> dict[Node, Node]:
+        """The floating-point sum of each layer's output and a residual that is known before it.
+
+        It says what both say, in half the memory.
+        """
+        found = {}
+        order = {node: at for at, node in enumerate(self.gm.graph.nodes)}
+        for group in groups:
+            for layer in group.layers:
+                output, residual = self._outputs[layer], residual_of(layer)
+                if output is None or residual is None or order[residual] > order[group.source]:
+                    continue
+                if residual_of(output) is self.twin(residual):
+                    (found[layer],) = output.users
         return found
 
     def _output_of(self, layer: Node) -> Node | None:
@@ -116,6 +150,16 @@ class Lockstep:
         twin = self._outputs[layer]
         return None if twin is None else self._floating.envs[index].get(twin)
 
+    def missing_in_sum(self, layer: Node, index: int) -> Tensor | None:
+        """What the layer should add to the quantized residual stream; `None` where that is not held."""
+        if layer not in self._sums:
+            return None
+        residual = residual_of(layer)  # of the graph as it is now: compensation changes it
+        assert residual is not None
+        total: Tensor = self._floating.envs[index][self._sums[layer]]
+        ours: Tensor = self._quantized.envs[index][residual]
+        return wide(total) - wide(ours)
+
     def gap(self, node: Node, index: int) -> Tensor | None:
         """Floating-point value minus quantized value of one batch; `None` before they are known."""
         ours = self._quantized.envs[index].get(node)
@@ -139,9 +183,7 @@ class Lockstep:
     def follow(self, source: Node, new: Node) -> None:
         """Run up to a node inserted behind `source`; its rows count as those of `source` do."""
         for proof in self._tokens:
-            for known in (proof.rows, proof.positions):
-                if source.name in known:
-                    known[new.name] = known[source.name]
+            proof.follow(source.name, new.name)
         self._quantized.advance(new)
 
     def mask(self, source: Node, index: int, *, behind_end: bool) -> Tensor | None:

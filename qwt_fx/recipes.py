@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwt_fx.block_compensation import CompensationSettings
 from qwt_fx.config import AUTO, REMEDIES, QuantConfig
 from qwt_fx.remedies import LayerRemedies
 from qwt_fx.rescale_search import STRENGTHS
@@ -91,6 +92,19 @@ def recipe_for(config: QuantConfig) -> Recipe:
             changes[name] = getattr(config, name)
     recipe = replace(recipe, **changes)
     return replace(recipe, layers=_layers(config, recipe))
+
+
+def compensation_of(recipe: Recipe, hold_out: float) -> CompensationSettings | None:
+    """How a recipe's blocks are compensated; `hold_out`: share of the samples that may judge it."""
+    if recipe.compensation == "none":
+        return None
+    return CompensationSettings(
+        kind=recipe.compensation,
+        target=recipe.target,
+        hold_out=hold_out if recipe.held_out else 0.0,
+        token_masks=recipe.mask_regression,
+        half=recipe.half_compensation,
+    )
 
 
 def _layers(config: QuantConfig, recipe: Recipe) -> LayerRemedies | None:

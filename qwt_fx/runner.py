@@ -146,6 +146,9 @@ class BlockRunner:
 
     The graph may be rewritten between steps behind the point reached. `store` keeps what is held
     between steps; by default in memory.
+
+    Attributes:
+        pinned: nodes whose values are held, once known, for as long as they are in here.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class BlockRunner:
         self.gm = gm
         store = store or ValueStore()
         self.envs = [HeldValues(gm, batches, index, store) for index in range(len(batches))]
+        self.pinned: set[Node] = set()
         self._done: set[Node] = set(placeholders(gm))
 
     def advance(self, to: Node, *, keep: Iterable[Node] = ()) -> None:
@@ -167,7 +171,7 @@ class BlockRunner:
                 pending.append(node)
             if node is to:
                 break
-        kept = set(keep) | {to}
+        kept = self.pinned | set(keep) | {to}
         nodes, shared = self._same_for_every_batch(pending, kept)
         done = self._done | set(nodes)
         for held in self.envs:

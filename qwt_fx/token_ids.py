@@ -79,6 +79,12 @@ class TokenMask:
         moving = self.positions[name] != 0
         return moving if rows is None else rows & moving
 
+    def follow(self, name: str, new: str) -> None:
+        """The rows of a node `new` count as those of `name` do."""
+        for known in (self.rows, self.positions):
+            if name in known:
+                known[new] = known[name]
+
 
 class NotProved(Exception):
     """The graph does something the proof does not cover."""

@@ -24,10 +24,10 @@ import qwt_fx.artifact
 import qwt_fx.commands.inputs
 import qwt_fx.commands.quantize
 from qwt_fx import api, cli
+from qwt_fx.block_compensation import BlockCompensation
 from qwt_fx.commands.pipeline import Evaluation
 from qwt_fx.commands.tower_checkpoints import _Stored
 from qwt_fx.journal import StoredJournal
-from qwt_fx.passes.insert_compensation import _Walk
 
 LIMIT = 300.0
 NOBODY = 65534
@@ -38,7 +38,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "read": (qwt_fx.commands.inputs, "load_calibration"),
     "capture": (api, "capture"),
     "calibrate": (api, "calibrate"),
-    "compensate": (_Walk, "block"),
+    "compensate": (BlockCompensation, "_block"),
     "convert": (api, "convert"),
     "step": (StoredJournal, "once"),
     "checkpoint": (StoredJournal, "commit"),

@@ -55,7 +55,7 @@ def killed_and_resumed(
 
 @pytest.mark.parametrize(
     ("recipe", "moments"),
-    [("best", [("step", 17), ("checkpoint", 20)]), ("repq-vit", [("step", 3), ("finish", 0)])],
+    [("best", [("step", 17), ("checkpoint", 14)]), ("repq-vit", [("step", 3), ("finish", 0)])],
 )
 def test_some_kills(program, clip_files, whole, tmp_path: Path, recipe: str, moments: list) -> None:
     got = killed_and_resumed(program, clip_files, tmp_path / "out", recipe, moments)
