@@ -16,10 +16,11 @@ from qwt_fx.channel_map import NotMapped, ValueMap, value_map
 from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import MATMULS, is_call, through_shape_ops
-from qwt_fx.histogram import LARGEST, Histogram, Mass, gather_mass
+from qwt_fx.histogram import LARGEST, Histogram, gather_mass
 from qwt_fx.layer_groups import LayerGroup, weight_quantizer
 from qwt_fx.lockstep import Lockstep
 from qwt_fx.norms import NORMS, is_fake_quant, norm_readers, why_not_reparameterizable
+from qwt_fx.position_scales import find_token_scale, histograms_apart, mass_apart
 from qwt_fx.qparams import QuantSpec
 from qwt_fx.range_search import Range, search_range
 from qwt_fx.rescale import (
@@ -31,12 +32,11 @@ from qwt_fx.rescale import (
     weight_and_bias,
 )
 from qwt_fx.rescale_search import Rescale, choose_rescale
-from qwt_fx.sample_ids import batch_axis
 
 aten = torch.ops.aten
 
-_APART = 4.0  # a position this many times larger than the median one may get its own scale ...
-_WORTH = 0.7  # ... where that leaves at most this share of the error
+# Positions get scales, or the input a product, where that leaves at most this share of the error.
+_WORTH = 0.7
 # At so many bits a product of the input gains little, and kernels that fuse an activation function
 # with the next quantizer cannot fuse across it.
 _FINE_ENOUGH = 8
@@ -124,15 +124,15 @@ def _search_apart(
     walk: Lockstep, group: LayerGroup, spec: QuantSpec
 ) -> tuple[Tensor, Range] | None:
     """Scales of positions, and the range beside them; `None` where no position stands out."""
-    token_scale = _token_scale(walk, group) if walk.remedies.token_scales else None
+    token_scale = find_token_scale(walk, group) if walk.remedies.token_scales else None
     if token_scale is None:
         return None
     channels = walk.values(group.source)[0].shape[-1] if _per_channel(group) else 1
     importance = _importance(walk, group, channels)
-    histograms = _histograms_apart(walk, group, token_scale, channels)
+    histograms = histograms_apart(walk, group, token_scale, channels)
 
     def search() -> dict[str, Any]:
-        return vars(search_range(_mass_apart(histograms, importance), spec))
+        return vars(search_range(mass_apart(histograms, importance), spec))
 
     return token_scale, Range(**walk.share.ranks.from_first(search))
 
@@ -260,65 +260,3 @@ def _undo(walk: Lockstep, linears: tuple[Node, ...], origin: Node, rescale: Resc
     for linear in linears:
         undo_in_columns(walk.gm, linear, rescale.scale, rescale.shift)
     walk.transform(origin, rescale)
-
-
-def _token_scale(walk: Lockstep, group: LayerGroup) -> Tensor | None:
-    """Powers of two that bring the few far larger positions down to the others.
-
-    (length, 1) for values (samples, length, channels), (length, 1, 1) for (length, samples, channels);
-    `None` where no position stands out, or too many do.
-    """
-    values = walk.values(group.source)
-    batch = batch_axis(group.source)
-    if values[0].dim() != 3 or batch not in (0, 1):
-        return None
-    found = list(walk.share.in_order(lambda index: [values[index].abs().amax(dim=(batch, 2))]))
-    factor: Tensor | None = walk.share.ranks.from_first(
-        lambda: _factors(torch.stack(found).amax(dim=0), walk.first_is_constant)
-    )
-    if factor is None:
-        return None
-    return factor[:, None] if batch == 0 else factor[:, None, None]
-
-
-def _factors(largest: Tensor, first_is_constant: bool) -> Tensor | None:
-    """The power of two for each position, (length,), from the largest value there."""
-    if first_is_constant:
-        largest[0] = largest.median()
-    ratio = largest / largest.median().clamp_min(torch.finfo(torch.float32).tiny)
-    apart = ratio >= _APART
-    if not bool(apart.any()) or int(apart.sum()) > max(1, len(ratio) // 8):
-        return None
-    return torch.where(apart, ratio.log2().ceil(), 0.0).exp2()
-
-
-def _histograms_apart(
-    walk: Lockstep, group: LayerGroup, token_scale: Tensor, channels: int
-) -> dict[float, Histogram]:
-    """The values with every position divided by its scale, by scale; on the first rank."""
-    values = walk.values(group.source)
-    factors = sorted(set(token_scale.flatten().tolist()))
-    found = {factor: Histogram(channels, token_scale.device) for factor in factors}
-
-    def parts(index: int) -> Iterator[tuple[float, list[Tensor]]]:
-        for factor in factors:
-            chosen = token_scale.flatten() == factor
-            if walk.first_is_constant:
-                chosen[0] = False
-            x = values[index]
-            picked = x[:, chosen] if token_scale.dim() == 2 else x[chosen]
-            yield factor, Histogram.part(picked.reshape(-1, channels) / factor)
-
-    for factor, part in walk.share.in_order(parts):
-        found[factor].merge(part)
-    return found
-
-
-def _mass_apart(histograms: dict[float, Histogram], importance: Tensor) -> Mass:
-    """All values together; a position's scale multiplies its error again."""
-    parts = [
-        gather_mass(histogram.entries(), importance * factor**2)
-        for factor, histogram in histograms.items()
-    ]
-    joined = (torch.cat([getattr(p, f) for p in parts]) for f in ("value", "half", "weight"))
-    return Mass(*joined)

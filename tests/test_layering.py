@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"qwt_fx": "qwt_fx", "passes": "qwt_fx.passes", "backends": "qwt_fx.backends"}
 FX_FREE = ("qwt_fx.qparams", "qwt_fx.errors", "qwt_fx.config")
 TORCH_AO = "qwt_fx.torch_ao"
+API = ("qwt_fx.api", "qwt_fx.calibration")
 PROGRAM = ("qwt_fx.cli", "qwt_fx.__main__", "qwt_fx.commands")
 
 
@@ -36,7 +37,9 @@ def layer(module: str) -> str:
     """core, passes, backends, api, or program: the package itself, the CLI and its commands."""
     if module == "qwt_fx" or within(module, *PROGRAM):
         return "program"
-    for name in ("passes", "backends", "api"):
+    if within(module, *API):
+        return "api"
+    for name in ("passes", "backends"):
         if within(module, f"qwt_fx.{name}"):
             return name
     return "core"
@@ -47,7 +50,7 @@ MAY_IMPORT = {
     "core": set(),
     "passes": set(),
     "backends": {"backends"},
-    "api": {"passes", "backends"},
+    "api": {"passes", "backends", "api"},
     "program": {"passes", "backends", "api", "program"},
 }
 
