@@ -103,6 +103,13 @@ class Histogram:
         self.square += square
         self.rows += int(rows)
 
+    def as_part(self) -> list[Tensor]:
+        """What all the rows seen add to another histogram."""
+        if not self.rows:
+            return []
+        sums = [self.counts, self.low, self.high, self.total, self.square]
+        return [*sums, torch.tensor(self.rows)]
+
     def add(self, rows: Tensor) -> None:
         """Count rows (n, channels) of any float dtype."""
         self.merge(self.part(rows))

@@ -16,7 +16,8 @@ from qwt_fx.channel_map import NotMapped, ValueMap, value_map
 from qwt_fx.errors import DataError
 from qwt_fx.fake_quant import FakeQuant
 from qwt_fx.graph import MATMULS, is_call, through_shape_ops
-from qwt_fx.histogram import LARGEST, Histogram, gather_mass
+from qwt_fx.halves import Halves
+from qwt_fx.histogram import LARGEST, Histogram
 from qwt_fx.layer_groups import LayerGroup, weight_quantizer
 from qwt_fx.lockstep import Lockstep
 from qwt_fx.norms import NORMS, is_fake_quant, norm_readers, why_not_reparameterizable
@@ -32,6 +33,7 @@ from qwt_fx.rescale import (
     weight_and_bias,
 )
 from qwt_fx.rescale_search import Rescale, choose_rescale
+from qwt_fx.sample_ids import sample_ids
 
 aten = torch.ops.aten
 
@@ -41,8 +43,8 @@ _WORTH = 0.7
 # with the next quantizer cannot fuse across it.
 _FINE_ENOUGH = 8
 
-Histograms = Callable[[], Histogram]
-"""A group's histogram, counted when it is first asked for."""
+Histograms = Callable[[], Halves]
+"""A group's histograms, counted when they are first asked for."""
 
 
 def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> str:
@@ -52,19 +54,19 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> str:
     Raises `DataError` for values that are not finite.
     """
     # Counted when first asked for: before anything moves, and not at all where the journal knows.
-    histogram = cache(partial(_histogram, walk, group, quantizer.name))
+    histograms = cache(partial(_histograms, walk, group, quantizer.name))
     spec = replace(quantizer.spec.per_tensor(), include_zero=True)
     linears = [n for n in group.layers if n.target is aten.linear.default]
     done, rescale = "one range", None
     if linears and len(linears) == len(group.layers) and not group.shared:
-        rescale, done = _move_upstream(walk, group, histogram, spec)
+        rescale, done = _move_upstream(walk, group, histograms, spec)
         if rescale is None and walk.remedies.input_scales and spec.bits < _FINE_ENOUGH:
-            rescale = _multiply_input(walk, group, histogram, spec, quantizer.name)
+            rescale = _multiply_input(walk, group, histograms, spec, quantizer.name)
             done = "one range" if rescale is None else "moved into a product of the input"
         if rescale is not None:
             done += f", strength {rescale.strength:g}"
     found, token_scale = walk.journal.once(
-        f"range of {quantizer.name}", partial(_best_range, walk, group, histogram, spec, rescale)
+        f"range of {quantizer.name}", partial(_best_range, walk, group, histograms, spec, rescale)
     )
     if token_scale is not None:
         quantizer.token_scale = token_scale
@@ -77,12 +79,12 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> str:
 def _best_range(
     walk: Lockstep,
     group: LayerGroup,
-    histogram: Histograms,
+    histograms: Histograms,
     spec: QuantSpec,
     rescale: Rescale | None,
 ) -> tuple[Range, Tensor | None]:
     """The range, and the positions' scales where these are worth it."""
-    found = _search(walk, group, histogram, spec, rescale)
+    found = _search(walk, group, histograms, spec, rescale)
     if (apart := _search_apart(walk, group, spec)) is not None:
         token_scale, range_apart = apart
         if range_apart.error < _WORTH * found.error:
@@ -107,15 +109,17 @@ def _importance(walk: Lockstep, group: LayerGroup, channels: int) -> Tensor:
 def _search(
     walk: Lockstep,
     group: LayerGroup,
-    histogram: Histograms,
+    histograms: Histograms,
     spec: QuantSpec,
     rescale: Rescale | None = None,
 ) -> Range:
-    importance = _importance(walk, group, len(histogram().total))
-    moved = () if rescale is None else (rescale.scale, rescale.shift)
+    known = histograms()
+    importance = _importance(walk, group, len(known.first.total))
+    moves = () if rescale is None else rescale.apart
 
     def search() -> dict[str, Any]:
-        return vars(search_range(gather_mass(histogram().entries(), importance, *moved), spec))
+        weights = [importance] * max(len(moves), 1)
+        return vars(search_range(known.mass(weights, moves), spec))
 
     return Range(**walk.share.ranks.from_first(search))
 
@@ -142,14 +146,15 @@ def _per_channel(group: LayerGroup) -> bool:
     return bool(group.layers) and all(n.target is aten.linear.default for n in group.layers)
 
 
-def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
+def _histograms(walk: Lockstep, group: LayerGroup, name: str) -> Halves:
     """The values of all batches on the first rank, of none on the others."""
     source = group.source
     per_channel = _per_channel(group)
     values = walk.values(source)
-    histogram = Histogram(values[0].shape[-1] if per_channel else 1, values[0].device)
+    channels = values[0].shape[-1] if per_channel else 1
+    halves = Halves(Histogram(channels, values[0].device), Histogram(channels, values[0].device))
 
-    def parts(index: int) -> Iterator[list[Tensor]]:
+    def parts(index: int) -> Iterator[tuple[int, list[Tensor]]]:
         x = values[index]
         low, high = torch.aminmax(x)  # NaN where any value is
         largest = max(-float(low), float(high))
@@ -166,16 +171,32 @@ def _histogram(walk: Lockstep, group: LayerGroup, name: str) -> Histogram:
             )
         flat = x.reshape(-1, x.shape[-1])
         mask = walk.mask(source, index, behind_end=walk.remedies.mask_ranges)
-        flat = flat if mask is None else flat[mask]
-        yield Histogram.part(flat if per_channel else flat.reshape(-1, 1))
+        for half, chosen in _rows_of_halves(walk, source, index):
+            keep = mask if chosen is None else chosen if mask is None else mask & chosen
+            rows = flat if keep is None else flat[keep]
+            yield half, Histogram.part(rows if per_channel else rows.reshape(-1, 1))
 
-    for part in walk.share.in_order(parts):
-        histogram.merge(part)
-    return histogram
+    for half, part in walk.share.in_order(parts):
+        (halves.first, halves.second)[half].merge(part)
+    return halves
+
+
+def _rows_of_halves(
+    walk: Lockstep, source: Node, index: int
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Which half of the samples a batch belongs to, or, of the only batch, which of its rows do."""
+    number, sizes = walk.share.numbers[index], walk.share.sizes
+    x = walk.values(source)[index]
+    ids = sample_ids(source, x.shape, sizes[0]) if len(sizes) == 1 else None
+    if ids is None:
+        yield number % 2, None
+    else:
+        for half in (0, 1):
+            yield half, (ids % 2 == half).to(x.device)
 
 
 def _move_upstream(
-    walk: Lockstep, group: LayerGroup, histogram: Histograms, spec: QuantSpec
+    walk: Lockstep, group: LayerGroup, histograms: Histograms, spec: QuantSpec
 ) -> tuple[Rescale | None, str]:
     """Move differences between channels into what makes the value, where that is possible."""
     gm = walk.gm
@@ -184,7 +205,7 @@ def _move_upstream(
         readers = norm_readers(gm, origin)
         if why_not_reparameterizable(gm, origin) is None and len(readers.fake_quants) == 1:
             shifts = origin.target is aten.layer_norm.default
-            find = partial(_choose, walk, group, histogram, spec, shifts=shifts)
+            find = partial(_choose, walk, group, histograms, spec, shifts=shifts)
             chosen = walk.journal.once(f"rescale of {origin.name}", find)
             divide_norm(gm, origin, chosen.scale, chosen.shift)
             _undo(walk, readers.linears, origin, chosen)
@@ -194,7 +215,7 @@ def _move_upstream(
         # do not.
         fused = not is_call(mapped.attention, MATMULS)
         shifts = fused or not is_fake_quant(gm, mapped.attention.args[0])
-        find = partial(_choose, walk, group, histogram, spec, shifts=shifts)
+        find = partial(_choose, walk, group, histograms, spec, shifts=shifts)
         chosen = walk.journal.once(f"rescale of {mapped.producer.name}", find)
         divide_rows(gm, mapped.producer, mapped.rows, chosen.scale, chosen.shift)
         divide_constants(gm, mapped.constants, mapped.rows, chosen.scale, chosen.shift)
@@ -204,15 +225,15 @@ def _move_upstream(
 
 
 def _multiply_input(
-    walk: Lockstep, group: LayerGroup, histogram: Histograms, spec: QuantSpec, name: str
+    walk: Lockstep, group: LayerGroup, histograms: Histograms, spec: QuantSpec, name: str
 ) -> Rescale | None:
     """Multiply the input by a constant per channel, where that leaves far less error."""
 
     def find() -> Rescale | None:
-        chosen = _choose(walk, group, histogram, spec, shifts=True)
-        plain = _choose(walk, group, histogram, spec, shifts=False, strengths=(0.0,)).error
+        chosen = _choose(walk, group, histograms, spec, shifts=True)
+        plain = _choose(walk, group, histograms, spec, shifts=False, strengths=(0.0,)).error
         if (apart := _search_apart(walk, group, spec)) is not None:
-            gained = _search(walk, group, histogram, spec).error - apart[1].error
+            gained = _search(walk, group, histograms, spec).error - apart[1].error
             plain -= max(gained, 0.0)
         return None if chosen.error >= _WORTH * plain else chosen
 
@@ -231,7 +252,7 @@ def _multiply_input(
 def _choose(
     walk: Lockstep,
     group: LayerGroup,
-    histogram: Histograms,
+    histograms: Histograms,
     spec: QuantSpec,
     *,
     shifts: bool,
@@ -241,7 +262,7 @@ def _choose(
     modules = [weight_quantizer(walk.gm, n) for n in group.layers]
     bits = min((m.spec.bits for m in modules if m is not None), default=None)
     weights = _weights(walk, group)
-    known = histogram()  # every rank has a part in it
+    known = histograms()  # every rank has a part in it
 
     def choose() -> dict[str, Any]:
         return vars(choose_rescale(known, weights, spec, bits, strengths, shifts=shifts))

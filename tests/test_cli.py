@@ -100,31 +100,6 @@ def test_quantize_writes_an_artifact_and_a_whole_report(artifact: Path) -> None:
     assert len(report["blocks"]) == 14
 
 
-@pytest.mark.parametrize(
-    ("recipe", "samples", "told"),
-    [("best", 24, True), ("best", 64, False), ("repq-vit", 24, False)],
-)
-def test_few_calibration_samples_are_said(
-    demo: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    recipe: str,
-    samples: int,
-    told: bool,
-) -> None:
-    words = [*_model(demo), "--train-data", str(demo / "calib-{000..003}.tar")]
-    words += [
-        "--calib-samples",
-        str(samples),
-        "--recipe",
-        recipe,
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert main(["quantize", *words]) == 0
-    assert (f"{samples} are few" in capsys.readouterr().err) is told
-
-
 def test_eval_in_a_new_process_gives_the_same_accuracy(artifact: Path, demo: Path) -> None:
     target = demo / "again.json"
     words = ["eval", "--artifact", str(artifact), *_eval(demo), "--report", str(target)]

@@ -76,7 +76,7 @@ def test_nothing_but_results_is_written() -> None:
         encode([("x", {1})])
     with pytest.raises(ArtifactError, match="not a record"):
         decode(b"\x80\x04garbage" * 10)
-    record = encode([("x", Rescale(torch.ones(1), torch.ones(1), 0.5, 0.1))])
+    record = encode([("x", Rescale(torch.ones(1), torch.ones(1), 0.5, 0.1, ()))])
     with pytest.raises(ArtifactError, match="not a record"):
         decode(record.replace(b"Rescale", b"Unknown"))
 

@@ -47,8 +47,6 @@ from qwt_fx.quantizers import compensation_bytes
 from qwt_fx.report import build_report, to_json
 from qwt_fx.value_store import ValueStore
 
-FEW_SAMPLES = 64
-
 EXAMPLE = """\
 example:
   qwt-fx quantize --model ViT-B-32 --pretrained openai \\
@@ -211,11 +209,6 @@ def _calibrate(
     with ValueStore(args.memory_budget, files) as store:
         kept = None if args.memory_budget is None else store
         share, data = deal_batches(args, model, screen, extra, prompts, kept)
-        if config.recipe == "best" and data is not None and data.samples < FEW_SAMPLES:
-            screen.note(
-                f"recipe best scales channels on the calibration samples, and {data.samples} are few: "
-                f"other inputs may be clipped; at least {FEW_SAMPLES} (--calib-samples) are enough"
-            )
         result = quantize_towers(model, graphs, share, config, towers, screen, checkpoints, store)
         sqnr = None
         if args.imagenet_val is None and args.retrieval_data is None:

@@ -27,6 +27,7 @@ BATCHES = [tokens(16, 9, seed=s) for s in range(4)]
 EVALUATION = tokens(64, 9, seed=99)
 BEST = LayerRemedies()
 _TOWER = randomize(Tower(2))
+WIDE = 128
 
 
 def _calibrated(
@@ -100,6 +101,19 @@ def test_rescales_alone_leave_the_float_function_as_it_was() -> None:
     gm.recompile()
     x = EVALUATION.double()
     torch.testing.assert_close(gm(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [8, 4, 1])
+def test_few_samples_do_not_clip_others(batch_size: int) -> None:
+    model = Tower(1, WIDE)
+    randomize(model, seed=3)
+    for block in model.blocks:
+        block.k.weight.data *= 1e-3  # all keys alike: outputs hardly differ within a sample
+    batches = list(torch.split(tokens(8, 50, WIDE, seed=1), batch_size))
+    evaluation = tokens(64, 50, WIDE, seed=2)
+    moved = _calibrated(model, bits=8, batches=batches)
+    in_place = _calibrated(model, replace(BEST, fold_values=False), 8, batches)
+    assert _sqnr(moved, model, evaluation) > _sqnr(in_place, model, evaluation) - 0.5
 
 
 @pytest.mark.parametrize(
