@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -171,8 +171,10 @@ def _histograms(walk: Lockstep, group: LayerGroup, name: str) -> Halves:
             )
         flat = x.reshape(-1, x.shape[-1])
         mask = walk.mask(source, index, behind_end=walk.remedies.mask_ranges)
-        for half, chosen in _rows_of_halves(walk, source, index):
-            keep = mask if chosen is None else chosen if mask is None else mask & chosen
+        for half, chosen in _rows_of_halves(walk, source, x.shape, index):
+            keep = mask if chosen is None else chosen
+            if mask is not None and chosen is not None:
+                keep = mask & chosen.to(mask.device)
             rows = flat if keep is None else flat[keep]
             yield half, Histogram.part(rows if per_channel else rows.reshape(-1, 1))
 
@@ -182,17 +184,16 @@ def _histograms(walk: Lockstep, group: LayerGroup, name: str) -> Halves:
 
 
 def _rows_of_halves(
-    walk: Lockstep, source: Node, index: int
+    walk: Lockstep, source: Node, shape: Sequence[int], index: int
 ) -> Iterator[tuple[int, Tensor | None]]:
     """Which half of the samples a batch belongs to, or, of the only batch, which of its rows do."""
     number, sizes = walk.share.numbers[index], walk.share.sizes
-    x = walk.values(source)[index]
-    ids = sample_ids(source, x.shape, sizes[0]) if len(sizes) == 1 else None
+    ids = sample_ids(source, shape, sizes[0]) if len(sizes) == 1 else None
     if ids is None:
         yield number % 2, None
     else:
         for half in (0, 1):
-            yield half, (ids % 2 == half).to(x.device)
+            yield half, ids % 2 == half
 
 
 def _move_upstream(
