@@ -17,14 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SCREEN, Demo, kept_results, machine, open_demo, write_results
+from common import (
+    RESULTS,
+    SETTINGS,
+    Demo,
+    both_settings,
+    kept_results,
+    machine,
+    open_demo,
+    write_results,
+)
 from tabulate import tabulate
 
-from qwt_fx.classifier import FLOATING_CLASSIFIER
-from qwt_fx.commands.pipeline import quantize_towers
 from qwt_fx.config import QuantConfig
-from qwt_fx.evaluate import Features, compare
-from qwt_fx.metrics import mcnemar
 
 PUBLISHED = {"recipe": "repq-vit", "compat": "original"}
 MAIN: dict[str, dict[str, Any]] = {
@@ -50,8 +55,6 @@ REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "FP-path target (W3)": ({}, {"target": "local"}),
     "symmetric weights": ({"symmetric_weights": True}, {"symmetric_weights": False}),
 }
-SETTINGS = {"image only": ("image",), "all modules": ("image", "text")}
-SAMPLES, BATCH = 512, 128
 EVERY_TOKEN = 1_000_000  # for each input channel: more than there are
 
 
@@ -71,41 +74,11 @@ def ablations() -> dict[str, dict[str, Any]]:
 
 
 def measure(demo: Demo, options: dict[str, Any], bits: str, seed: int) -> dict[str, Any]:
-    """Figures of one quantization, for both settings; `correct` holds each image's outcome."""
+    """Figures of one quantization, for both settings of towers."""
     w_bits, a_bits = (int(b) for b in bits.split("/"))
     config = QuantConfig.from_dict({"w_bits": w_bits, "a_bits": a_bits, **options})
-    extra = BATCH if config.compat == "original" else 0  # the original reads one batch more
-    data = demo.calibration(SAMPLES + extra, BATCH, seed)
-    result = quantize_towers(
-        demo.model, demo.graphs, data.batches, config, ("image", "text"), SCREEN
-    )
-    features = demo.evaluation.quantized(result, demo.reference, SCREEN)
-    exact = demo.evaluation.classify(demo.reference)
-    found = {}
-    for setting, towers in SETTINGS.items():
-        prompts = features.prompts if "text" in towers else demo.reference.prompts
-        classifier = result.classifier if towers == ("image",) else FLOATING_CLASSIFIER
-        chosen = Features(features.image, prompts, features.labels)
-        outcome = demo.evaluation.classify(chosen, classifier)
-        worse, better, p = mcnemar(exact.correct1, outcome.correct1)
-        count = len(exact.correct1)
-        low, high = drop_interval(worse, better, count)
-        found[setting] = {
-            "acc1": outcome.acc1,
-            "drop": exact.acc1 - outcome.acc1,
-            "drop_ci": [low, high],
-            "mcnemar_p": p,
-            **compare(demo.reference, chosen, exact, outcome, towers),
-        }
-    return found
-
-
-def drop_interval(worse: int, better: int, count: int) -> tuple[float, float]:
-    """95 % interval of a paired difference of accuracies, from the discordant pairs."""
-    difference = (worse - better) / count
-    variance = (worse + better - (worse - better) ** 2 / count) / count**2
-    half = 1.96 * max(variance, 0.0) ** 0.5
-    return difference - half, difference + half
+    found = both_settings(demo, config, seed)
+    return {setting: figures for setting, (figures, _) in found.items()}
 
 
 def row(name: str, bits: str, setting: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -127,12 +100,12 @@ def row(name: str, bits: str, setting: str, runs: list[dict[str, Any]]) -> dict[
         "top-1 (%)": 100 * mean([f["acc1"] for f in found]),
         "drop": 100 * mean([f["drop"] for f in found]),
         "drop, 95 %": " ".join(
-            f"[{100 * f['drop_ci'][0]:.2f} {100 * f['drop_ci'][1]:.2f}]" for f in found
+            "[{:.2f} {:.2f}]".format(*(100 * side for side in f["acc1_drop_ci"])) for f in found
         ),
         "agreement (%)": 100 * mean([f["agreement"] for f in found]),
         "image SQNR (dB)": sqnr("image"),
         "text SQNR (dB)": sqnr("text"),
-        "McNemar p": " ".join(f"{f['mcnemar_p']:.2g}" for f in found),
+        "McNemar p": " ".join(f"{f['mcnemar']['p']:.2g}" for f in found),
     }
 
 

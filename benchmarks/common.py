@@ -17,18 +17,22 @@ from torch.fx import GraphModule
 
 from qwt_fx import clip
 from qwt_fx.classes import resolve
+from qwt_fx.classifier import FLOATING_CLASSIFIER
 from qwt_fx.clip import ClipModel
-from qwt_fx.commands.pipeline import Evaluation, capture_towers
+from qwt_fx.commands.pipeline import TOWERS, Evaluation, capture_towers, quantize_towers
 from qwt_fx.commands.screen import Screen
+from qwt_fx.config import QuantConfig
 from qwt_fx.data import CalibrationData, load_calibration
 from qwt_fx.demo.assets import unpack_weights, write_files
-from qwt_fx.evaluate import Features
+from qwt_fx.evaluate import Features, ZeroShot, compare
 from qwt_fx.imagefolder import open_validation
 from qwt_fx.machine import processor
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 SCREEN = Screen(quiet=True)
+SAMPLES, BATCH = 512, 128
+SETTINGS = {"image only": ("image",), "all modules": TOWERS}
 
 
 @dataclass
@@ -83,6 +87,30 @@ def open_demo(work: Path, variant: str, images: int, *, second: bool = False) ->
     evaluation = Evaluation(list(folder), prompts, model.tokenizer(words), model.device)
     graphs = capture_towers(model, {})
     return Demo(model, graphs, evaluation, evaluation.features(graphs, SCREEN, "FP32"), files)
+
+
+def both_settings(
+    demo: Demo, config: QuantConfig, seed: int
+) -> dict[str, tuple[dict[str, Any], ZeroShot]]:
+    """Figures of one quantization of both towers, and each image's outcome, for both settings."""
+    extra = BATCH if config.compat == "original" else 0  # the original reads one batch more
+    data = demo.calibration(SAMPLES + extra, BATCH, seed)
+    result = quantize_towers(demo.model, demo.graphs, data.batches, config, TOWERS, SCREEN)
+    features = demo.evaluation.quantized(result, demo.reference, SCREEN)
+    exact = demo.evaluation.classify(demo.reference)
+    found = {}
+    for setting, towers in SETTINGS.items():
+        prompts = features.prompts if "text" in towers else demo.reference.prompts
+        classifier = result.classifier if towers == ("image",) else FLOATING_CLASSIFIER
+        chosen = Features(features.image, prompts, features.labels)
+        outcome = demo.evaluation.classify(chosen, classifier)
+        figures = {
+            "acc1": outcome.acc1,
+            "drop": exact.acc1 - outcome.acc1,
+            **compare(demo.reference, chosen, exact, outcome, towers),
+        }
+        found[setting] = (figures, outcome)
+    return found
 
 
 def machine() -> dict[str, Any]:

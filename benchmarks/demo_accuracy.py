@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SCREEN, Demo, machine, open_demo, write_results
+from common import SETTINGS, Demo, both_settings, machine, open_demo, write_results
 from tabulate import tabulate
 
-from qwt_fx.classifier import FLOATING_CLASSIFIER
-from qwt_fx.commands.pipeline import quantize_towers
 from qwt_fx.config import QuantConfig
-from qwt_fx.evaluate import Features, compare
 from qwt_fx.metrics import mcnemar
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -26,27 +23,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "RepQ-ViT + QwT": {"recipe": "repq-vit", "compensation": "qwt"},
     "best": {"recipe": "best"},
 }
-SETTINGS = {"image only": ("image",), "all modules": ("image", "text")}
 
 
 def measure(demo: Demo, method: str, bits: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Figures and per-sample outcomes of one quantization, for both settings."""
+    """Figures and per-sample outcomes of one quantization, for both settings of towers."""
     config = QuantConfig.from_dict({"w_bits": bits, "a_bits": bits, **METHODS[method]})
-    extra = 1 if config.compat == "original" else 0  # the original reads one batch more
-    data = demo.calibration(512 + 128 * extra, 128, seed)
-    towers = ("image", "text")
-    result = quantize_towers(demo.model, demo.graphs, data.batches, config, towers, SCREEN)
-    features = demo.evaluation.quantized(result, demo.reference, SCREEN)
-    exact = demo.evaluation.classify(demo.reference)
-    found = {}
-    for setting, quantized in SETTINGS.items():
-        prompts = features.prompts if "text" in quantized else demo.reference.prompts
-        classifier = result.classifier if quantized == ("image",) else FLOATING_CLASSIFIER
-        chosen = Features(features.image, prompts, features.labels)
-        outcome = demo.evaluation.classify(chosen, classifier)
-        figures = compare(demo.reference, chosen, exact, outcome, quantized)
-        found[setting] = {"acc1": outcome.acc1, "correct": outcome.correct1, **figures}
-    return found
+    found = both_settings(demo, config, seed)
+    return {s: figures | {"correct": outcome.correct1} for s, (figures, outcome) in found.items()}
 
 
 def main() -> None:

@@ -18,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SCREEN, Demo, machine, open_demo, write_results
+from common import BATCH, RESULTS, SAMPLES, SCREEN, Demo, machine, open_demo, write_results
 from tabulate import tabulate
 
 from qwt_fx.cli import main as qwt_fx_main
-from qwt_fx.commands.pipeline import quantize_towers
+from qwt_fx.commands.pipeline import TOWERS, quantize_towers
 from qwt_fx.commands.quantize import save_clip
 from qwt_fx.config import QuantConfig
 from qwt_fx.evaluate import ZeroShot, compare
 from qwt_fx.metrics import mcnemar, paired_drop_interval
-
-TOWERS = ("image", "text")
-SAMPLES, BATCH = 512, 128
 
 
 def search(demo: Demo, recipe: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
