@@ -35,10 +35,6 @@ READ_SHAPE = frozenset(
     }
 )  # fmt: skip
 
-# Adding this to a score makes its softmax weight exactly 0 in float32; Hugging Face's masks hold the
-# most negative number instead of -inf.
-_HIDDEN = -1e30
-
 
 @dataclass
 class Tokens:
@@ -98,24 +94,6 @@ def row_ids(tokens: Tokens) -> Tensor:
     if not expanded and not bool((ids == first).all()):
         raise NotProved("rows of an activation mix positions")
     return first.squeeze(-1)
-
-
-def is_causal_mask(mask: Tensor, queries: Tensor, keys: Tensor) -> bool:
-    """Whether every key behind its query, by position, is hidden. Shapes broadcast to the scores."""
-    behind = keys > queries
-    hidden = ~mask if mask.dtype is torch.bool else mask <= _HIDDEN
-    try:
-        return bool((hidden | ~behind).all())
-    except RuntimeError:  # shapes that do not broadcast: not a mask of these scores
-        return False
-
-
-def check_same_samples(queries: Tensor, keys: Tensor, length: int, where: str) -> None:
-    """Raise unless every query (..., l) meets keys (..., s) of its own sample alone."""
-    samples = (keys // length)[..., :1]
-    same_keys = bool((keys // length == samples).all())
-    if not same_keys or not torch.equal(queries // length, samples.expand_as(queries)):
-        raise NotProved(f"{where}: attention crosses samples")
 
 
 def follows_first(node: Node, source: Node, by_value: set[Node], by_first: set[Node]) -> bool:

@@ -29,6 +29,7 @@ from qwt_fx.graph import (
     get_attr,
 )
 from qwt_fx.runner import start
+from qwt_fx.token_attention import attend, causal_mask, mask_scores, score, weigh
 from qwt_fx.token_ids import (
     ELEMENTWISE,
     MOVES,
@@ -38,9 +39,7 @@ from qwt_fx.token_ids import (
     NotProved,
     TokenMask,
     Tokens,
-    check_same_samples,
     follows_first,
-    is_causal_mask,
     row_ids,
 )
 
@@ -223,7 +222,7 @@ class TokenTracer:
                 raise NotProved(f"{node.name}: attention is not causal")
             return tokens[0]
         if target is aten.masked_fill.Scalar and tokens[0].columns is not None:
-            return self._mask(tokens[0], ~self._value(node, 1).bool())
+            return mask_scores(tokens[0], ~self._value(node, 1).bool(), self.length)
         if target is aten.where.self and len(tokens) == 1 and self._value(node, 2) is tokens[0]:
             return self._override(node, tokens[0])
         if target is aten.index.Tensor:
@@ -257,7 +256,7 @@ class TokenTracer:
             masks = [o for o in inputs if isinstance(o, Tensor) and o.dim() >= 2]
             if len(tokens) > 1 or (masks and node.target is not aten.add.Tensor):
                 raise NotProved(f"{node.name}: combines attention scores")
-            return self._mask(scores, masks[0]) if masks else scores
+            return mask_scores(scores, masks[0], self.length) if masks else scores
         broadcast: Any = torch.broadcast_tensors
         ids, *others = broadcast(*(t.ids for t in tokens))
         if any(not torch.equal(ids, other) for other in others):
@@ -273,44 +272,18 @@ class TokenTracer:
 
     def _attention(self, node: Node) -> Tokens:
         query, key, value = (self.env[argument(node, i, "")] for i in range(3))
-        queries, keys = row_ids(query), row_ids(key)
-        check_same_samples(queries, keys, self.length, node.name)
-        if not torch.equal(keys, row_ids(value)):
-            raise NotProved(f"{node.name}: keys and values are in different order")
         mask = argument(node, 3, "attn_mask")
         if argument(node, 5, "is_causal", False):
-            shape = (queries.shape[-1], keys.shape[-1])
-            mask = torch.ones(shape, dtype=torch.bool, device=self.device).tril()
+            mask = causal_mask(query, key)
         elif isinstance(mask, Node):
             mask = self.env[mask]
-        if not isinstance(mask, Tensor) or not self._causal(mask, queries, keys):
-            raise NotProved(f"{node.name}: attention is not causal")
-        return Tokens(queries[..., None].expand(*queries.shape, value.ids.shape[-1]))
-
-    def _causal(self, mask: Tensor, queries: Tensor, keys: Tensor) -> bool:
-        return is_causal_mask(
-            mask, (queries % self.length)[..., :, None], (keys % self.length)[..., None, :]
-        )
-
-    def _mask(self, scores: Tokens, mask: Tensor) -> Tokens:
-        assert scores.columns is not None  # callers pass attention scores
-        queries, keys = scores.ids[..., 0], scores.columns
-        causal = scores.causal or self._causal(mask, queries, keys)
-        return Tokens(scores.ids, scores.columns, causal)
+        return attend(query, key, value, mask, self.length, node.name)
 
     def _matmul(self, node: Node) -> Tokens:
         left, right = self._value(node, 0), self._value(node, 1)
-        if left.columns is None:  # Q K^T
-            queries = row_ids(left)
-            keys = row_ids(Tokens(right.ids.transpose(-2, -1)))
-            check_same_samples(queries, keys, self.length, node.name)
-            return Tokens(queries[..., None].expand(*queries.shape, keys.shape[-1]), keys)
-        if not left.causal:
-            raise NotProved(f"{node.name}: attention is not causal")
-        if not torch.equal(left.columns, row_ids(right)):
-            raise NotProved(f"{node.name}: keys and values are in different order")
-        queries = row_ids(left)
-        return Tokens(queries[..., None].expand(*queries.shape, right.ids.shape[-1]))
+        if left.columns is None:
+            return score(left, right, self.length, node.name)
+        return weigh(left, right, node.name)
 
     def gather(self, node: Node) -> Tokens:
         """Rows of an activation chosen by indices."""
