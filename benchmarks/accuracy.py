@@ -46,7 +46,7 @@ REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"reparameterization": 1.0},
     ),
     "positions' scales (W5)": ({"token_scales": True}, {"token_scales": False}),
-    "output ranges (W6)": ({"ranges": "output"}, {"ranges": "percentile"}),
+    "output ranges (W6)": ({"ranges": "output"}, {"ranges": "tensor"}),
     "GPTQ (W7)": ({"rounding": "gptq"}, {"rounding": "nearest"}),
     "refit (W7)": ({"refit": True, "bias_correction": True}, {"refit": False}),
     "bias correction (W7)": ({"bias_correction": True}, {"bias_correction": False}),
@@ -60,7 +60,7 @@ EVERY_TOKEN = 1_000_000  # for each input channel: more than there are
 
 def ablations() -> dict[str, dict[str, Any]]:
     """One configuration a row: a remedy alone on RepQ-ViT, and `best` without it."""
-    rows: dict[str, dict[str, Any]] = {"RepQ-ViT, all batches": {"ranges": "percentile"}}
+    rows: dict[str, dict[str, Any]] = {"RepQ-ViT, all batches": {"ranges": "tensor"}}
     for remedy, (added, _) in REMEDIES.items():
         if added:
             rows[f"+ {remedy}"] = added

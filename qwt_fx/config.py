@@ -16,7 +16,7 @@ from qwt_fx.errors import ConfigError
 RECIPES = ("repq-vit", "best")
 COMPATS = ("none", "original")
 TOKEN_MASKS = ("auto", "none", "regression", "all")
-RANGES = ("auto", "percentile", "output")
+RANGES = ("auto", "tensor", "output")
 TARGETS = ("auto", "local", "fp")
 ROUNDINGS = ("auto", "nearest", "gptq")
 AUTO = "auto"
@@ -141,8 +141,8 @@ class QuantConfig:
     the recipe's choice.
 
     Attributes:
-        ranges: "percentile" of the first batch (RepQ-ViT), or "output": from all batches, what
-            disturbs the layers' output least.
+        ranges: from all batches, what disturbs the layers' "output" least, or the "tensor" itself;
+            "auto" is, in recipe "repq-vit", the percentile search of the first batch.
         reparameterization: how much of a norm's channel differences moves into the weights: a
             number in [0, 1], 1 being RepQ-ViT's own, or "search".
         fold_values: move the scales of attention's output into the rows of the values.

@@ -165,6 +165,17 @@ def test_uneven_channels_behind_no_norm_are_evened_out_by_a_product() -> None:
     torch.testing.assert_close(api.convert(scaled)(x), scaled(x), rtol=0.0, atol=0.0)
 
 
+def test_ranges_serve_the_output_rather_than_the_tensor() -> None:
+    model = randomize(Tower(2))
+    for block in model.blocks:  # hidden channels that are large and hardly read
+        block.fc1.weight.data[:8] *= 100.0
+        block.fc1.bias.data[:8] *= 100.0
+        block.fc2.weight.data[:, :8] *= 1e-5
+    served = _calibrated(model, replace(BEST, input_scales=False))
+    plain = _calibrated(model, replace(BEST, input_scales=False, output_ranges=False))
+    assert _sqnr(served, model) > _sqnr(plain, model) + 3.0
+
+
 def test_residual_stream_is_repaired() -> None:
     """Where the input of the stream was damaged, the next layer that adds to it makes up for it."""
     model = randomize(Tower(2), seed=3)
@@ -283,6 +294,9 @@ def test_recipe_fields_reach_the_pass() -> None:
     assert alone is not None
     assert alone.fold_values
     assert not alone.refit
+    searched = recipe_for(QuantConfig(recipe="repq-vit", ranges="tensor")).layers
+    assert searched is not None
+    assert not searched.output_ranges
 
 
 def test_a_module_called_twice_gets_a_weight_for_each_call(tmp_path: Path) -> None:
