@@ -39,8 +39,8 @@ aten = torch.ops.aten
 
 # Positions get scales, or the input a product, where that leaves at most this share of the error.
 _WORTH = 0.7
-# At so many bits a product of the input gains little, and kernels that fuse an activation function
-# with the next quantizer cannot fuse across it.
+# At so many bits a product of what an activation function makes gains little, and kernels that fuse
+# the function with the next quantizer cannot fuse across it.
 _FINE_ENOUGH = 8
 
 Histograms = Callable[[], Halves]
