@@ -3,9 +3,7 @@
 usage: python benchmarks/compensation.py [--images 10000] [--seed 1] [--bits 8 4]
 
 Both towers are quantized, with the recipe's own target (`best`: the floating-point path; `repq-vit`: the
-block alone). QwT with the other target is added to layers that were calibrated without it. The committed
-results are of `--images 2000` and one seed: they rank the kinds by embedding SQNR; their top-1 has an
-interval of about +-1.5 points.
+block alone). QwT with the other target is added to layers that were calibrated without it.
 """
 
 from __future__ import annotations
