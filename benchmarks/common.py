@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,19 @@ def both_settings(
         classifier = result.classifier if towers == ("image",) else FLOATING_CLASSIFIER
         chosen = Features(features.image, prompts, features.labels)
         outcome = demo.evaluation.classify(chosen, classifier)
-        figures = {
-            "acc1": outcome.acc1,
-            "drop": exact.acc1 - outcome.acc1,
-            **compare(demo.reference, chosen, exact, outcome, towers),
-        }
-        found[setting] = (figures, outcome)
+        found[setting] = (figures(demo, chosen, exact, outcome, towers), outcome)
     return found
+
+
+def figures(
+    demo: Demo, features: Features, exact: ZeroShot, outcome: ZeroShot, towers: Sequence[str]
+) -> dict[str, Any]:
+    """Accuracy of a quantized model, its drop, and what `compare` finds."""
+    return {
+        "acc1": outcome.acc1,
+        "drop": exact.acc1 - outcome.acc1,
+        **compare(demo.reference, features, exact, outcome, towers),
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -18,14 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BATCH, RESULTS, SAMPLES, SCREEN, Demo, machine, open_demo, write_results
+from common import (
+    BATCH,
+    RESULTS,
+    SAMPLES,
+    SCREEN,
+    Demo,
+    figures,
+    machine,
+    open_demo,
+    write_results,
+)
 from tabulate import tabulate
 
 from qwt_fx.cli import main as qwt_fx_main
 from qwt_fx.commands.pipeline import TOWERS, quantize_towers
 from qwt_fx.commands.quantize import save_clip
 from qwt_fx.config import QuantConfig
-from qwt_fx.evaluate import ZeroShot, compare
+from qwt_fx.evaluate import ZeroShot
 from qwt_fx.metrics import mcnemar, paired_drop_interval
 
 
@@ -59,16 +69,8 @@ def quantized(
         size = save_clip(Path(folder), demo.model, result, config, SCREEN)
     features = demo.evaluation.quantized(result, demo.reference, SCREEN)
     outcome = demo.evaluation.classify(features)
-    worse, better, p = mcnemar(exact.correct1, outcome.correct1)
-    figures = {
-        "acc1": outcome.acc1,
-        "drop": exact.acc1 - outcome.acc1,
-        "drop_ci": list(paired_drop_interval(worse, better, len(exact.correct1))),
-        "mcnemar_p": p,
-        "size": size,
-        **compare(demo.reference, features, exact, outcome, TOWERS),
-    }
-    return figures, outcome
+    found = figures(demo, features, exact, outcome, TOWERS)
+    return found | {"size": size}, outcome
 
 
 def run(demo: Demo, recipe: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -102,20 +104,20 @@ def rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for one in runs:
         for name in ("uniform", "mixed"):
-            figures = one[name]
-            low, high = figures["drop_ci"]
+            shown = one[name]
+            low, high = shown["acc1_drop_ci"]
             found.append(
                 {
                     "recipe": one["recipe"],
                     "seed": one["seed"],
                     "bits": f"{one['bits']}/{one['bits']}" if name == "uniform" else "mixed",
-                    "top-1 (%)": 100 * figures["acc1"],
-                    "drop": 100 * figures["drop"],
+                    "top-1 (%)": 100 * shown["acc1"],
+                    "drop": 100 * shown["drop"],
                     "95 %": f"[{100 * low:.2f} {100 * high:.2f}]",
-                    "agreement (%)": 100 * figures["agreement"],
-                    "image SQNR (dB)": figures["embedding_sqnr_db"]["image"],
-                    "text SQNR (dB)": figures["embedding_sqnr_db"]["text"],
-                    "file (MB)": figures["size"]["quantized_bytes"] / 1e6,
+                    "agreement (%)": 100 * shown["agreement"],
+                    "image SQNR (dB)": shown["embedding_sqnr_db"]["image"],
+                    "text SQNR (dB)": shown["embedding_sqnr_db"]["text"],
+                    "file (MB)": shown["size"]["quantized_bytes"] / 1e6,
                 }
             )
     return found
