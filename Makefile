@@ -13,8 +13,8 @@ PYTEST = env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV OMP_NUM_THREADS=1 \
   $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
 FULL_LOG := benchmarks/results/test-full.log
 MIN_LOG := benchmarks/results/test-min.log
-FAULTS := $(addprefix tests/test_,$(addsuffix .py,artifact graph_json checkpoints output shards \
-  tar_shard stream_shard shard_index decoding captions data classes))
+FAULTS := tests/data $(addprefix tests/,$(addsuffix .py,artifact/test_artifact \
+  artifact/test_graph_json artifact/test_output clip/test_weights))
 
 .PHONY: demo docs test faults check lint types layering test-full test-min bench environment clean
 .NOTPARALLEL:

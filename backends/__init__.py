@@ -13,7 +13,7 @@ from qwt_fx.backends.cuda import Cuda
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.x86 import X86
 from qwt_fx.errors import ConfigError, PreconditionError
-from qwt_fx.kernel_audit import LayerKernel
+from qwt_fx.measure.kernel_audit import LayerKernel
 
 _BACKENDS: dict[str, Callable[..., Backend]] = {"eager": Eager, "x86": X86, "cuda": Cuda}
 _KEY = "qwt_fx_backend"  # gm.meta of a lowered graph: the name of its backend

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch.fx import GraphModule
 
-from qwt_fx.kernel_audit import LayerKernel
+from qwt_fx.measure.kernel_audit import LayerKernel
 
 
 class Backend(Protocol):

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from qwt_fx import torch_ao
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.float_precision import cast_floating
 from qwt_fx.backends.int8_gemm import GEMMS, INT8_LINEAR, INT_MM, INT_MM_ROWS, TRITON
@@ -26,11 +25,12 @@ from qwt_fx.backends.int8_lowering import (
     why_not,
 )
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph import compute_nodes, is_call, layer_name, tensor_of
-from qwt_fx.integer_layers import FloatLayer, IntegerLayer, layers_to_lower
-from qwt_fx.kernel_audit import LayerKernel
-from qwt_fx.pass_base import clean_up
-from qwt_fx.trim import uncut
+from qwt_fx.graph.graph import compute_nodes, is_call, layer_name, tensor_of
+from qwt_fx.graph.pass_base import clean_up
+from qwt_fx.measure.kernel_audit import LayerKernel
+from qwt_fx.quant import torch_ao
+from qwt_fx.quant.integer_layers import FloatLayer, IntegerLayer, layers_to_lower
+from qwt_fx.text.trim import uncut
 
 aten = torch.ops.aten
 _REASON = "float_reason"  # meta of a product left in floating point

@@ -7,8 +7,8 @@ import copy
 from torch.fx import GraphModule
 
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph import compute_nodes, graph_info, layer_name
-from qwt_fx.kernel_audit import LayerKernel
+from qwt_fx.graph.graph import compute_nodes, graph_info, layer_name
+from qwt_fx.measure.kernel_audit import LayerKernel
 
 
 class Eager:

@@ -13,11 +13,11 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from qwt_fx import ops
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph import add_tensor, graph_info
-from qwt_fx.graph_source import recompile
-from qwt_fx.qparams import dequantize_log_sqrt2
+from qwt_fx.graph.graph import add_tensor, graph_info
+from qwt_fx.graph.graph_source import recompile
+from qwt_fx.numerics.qparams import dequantize_log_sqrt2
+from qwt_fx.quant import operators as ops
 
 aten = torch.ops.aten
 _MAX_BATCH = 1 << 20

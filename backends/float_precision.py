@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx import ops, torch_ao
 from qwt_fx.backends.int8_gemm import INT8_LINEAR
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph import (
+from qwt_fx.graph.graph import (
     CONVOLUTIONS,
     LAYER_NORM,
     LINEAR,
@@ -22,6 +21,8 @@ from qwt_fx.graph import (
     is_call,
     tensor_of,
 )
+from qwt_fx.quant import operators as ops
+from qwt_fx.quant import torch_ao
 
 aten = torch.ops.aten
 _DEQUANTIZE = frozenset(

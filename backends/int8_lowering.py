@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx import torch_ao
 from qwt_fx.backends.activations import fused_activation
 from qwt_fx.backends.int8_gemm import (
     INT8_LINEAR,
@@ -30,8 +29,9 @@ from qwt_fx.backends.int8_gemm import (
     TRITON,
 )
 from qwt_fx.backends.row_products import why_no_row_product
-from qwt_fx.graph import LINEAR, add_tensor, is_call, tensor_of
-from qwt_fx.integer_layers import IntegerLayer, IntegerWeight
+from qwt_fx.graph.graph import LINEAR, add_tensor, is_call, tensor_of
+from qwt_fx.quant import torch_ao
+from qwt_fx.quant.integer_layers import IntegerLayer, IntegerWeight
 
 aten = torch.ops.aten
 LAYERS = "int8_layers"  # meta of an int8_linear node: the names of the layers it computes

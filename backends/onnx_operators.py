@@ -18,8 +18,9 @@ import torch
 from onnxscript import opset18, opset20
 from onnxscript.onnx_opset import opset21
 
-from qwt_fx import ops, torch_ao
-from qwt_fx.qparams import dequantize_log_sqrt2 as log_sqrt2_values
+from qwt_fx.numerics.qparams import dequantize_log_sqrt2 as log_sqrt2_values
+from qwt_fx.quant import operators as ops
+from qwt_fx.quant import torch_ao
 
 # QuantizeLinear and DequantizeLinear of these opsets take the types that qwt-fx writes; 21 adds 4 bits.
 OPSET = 20

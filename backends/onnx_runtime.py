@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qwt_fx.errors import ArtifactError, MissingExtraError
-from qwt_fx.kernel_audit import LayerKernel
-from qwt_fx.machine import sums_byte_products_exactly
+from qwt_fx.measure.kernel_audit import LayerKernel
+from qwt_fx.measure.machine import sums_byte_products_exactly
 
 LAYERS_KEY = "qwt_fx.layers"  # metadata: a JSON object, layer -> why it is not integer, or null
 

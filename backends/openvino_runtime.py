@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qwt_fx.backends.onnx_runtime import LAYERS_KEY
 from qwt_fx.errors import ArtifactError, MissingExtraError
-from qwt_fx.kernel_audit import LayerKernel
+from qwt_fx.measure.kernel_audit import LayerKernel
 
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"})
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from qwt_fx.graph import LINEAR, argument
-from qwt_fx.integer_layers import IntegerLayer
+from qwt_fx.graph.graph import LINEAR, argument
+from qwt_fx.quant.integer_layers import IntegerLayer
 
 aten = torch.ops.aten
 _CONV2D = frozenset({aten.conv2d.default, aten.conv2d.padding})

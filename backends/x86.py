@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from qwt_fx import torch_ao
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.saturation import QLINEAR
 from qwt_fx.backends.x86_fusion import FUSED, fuse_quantizers
 from qwt_fx.backends.x86_layer import PARTS, QLINEAR_ADD, LayerLowering, why_not
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph import compute_nodes, is_call, layer_name
-from qwt_fx.integer_layers import FloatLayer, layers_to_lower
-from qwt_fx.kernel_audit import LayerKernel
-from qwt_fx.pass_base import clean_up
+from qwt_fx.graph.graph import compute_nodes, is_call, layer_name
+from qwt_fx.graph.pass_base import clean_up
+from qwt_fx.measure.kernel_audit import LayerKernel
+from qwt_fx.quant import torch_ao
+from qwt_fx.quant.integer_layers import FloatLayer, layers_to_lower
 
 _REASON = "float_reason"  # meta of a product left in floating point
 _PRODUCTS = frozenset({QLINEAR, QLINEAR_ADD})

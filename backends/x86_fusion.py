@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx import torch_ao
 from qwt_fx.backends.activations import QUICK_GELU_FACTOR, fused_activation
 from qwt_fx.backends.saturation import QLINEAR
-from qwt_fx.graph import add_tensor, is_call, tensor_of
+from qwt_fx.graph.graph import add_tensor, is_call, tensor_of
+from qwt_fx.quant import torch_ao
 
 aten = torch.ops.aten
 FUSED = "x86_fused"  # meta: what a product applies before it is written

@@ -23,8 +23,8 @@ from qwt_fx.backends import saturation
 from qwt_fx.backends.packed_weight import PackedWeight
 from qwt_fx.backends.row_products import why_no_row_product
 from qwt_fx.backends.saturation import QLINEAR
-from qwt_fx.graph import LINEAR, add_module, add_tensor, tensor_of
-from qwt_fx.integer_layers import IntegerLayer, IntegerWeight
+from qwt_fx.graph.graph import LINEAR, add_module, add_tensor, tensor_of
+from qwt_fx.quant.integer_layers import IntegerLayer, IntegerWeight
 
 aten = torch.ops.aten
 QLINEAR_ADD = torch.ops.onednn.qlinear_pointwise.binary

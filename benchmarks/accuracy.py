@@ -29,7 +29,7 @@ from common import (
 )
 from tabulate import tabulate
 
-from qwt_fx.config import QuantConfig
+from qwt_fx.config.config import QuantConfig
 
 PUBLISHED = {"recipe": "repq-vit", "compat": "original"}
 MAIN: dict[str, dict[str, Any]] = {

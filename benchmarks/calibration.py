@@ -29,11 +29,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from qwt_fx import api
-from qwt_fx.clip import ImageTower, TextTower
-from qwt_fx.config import QuantConfig
-from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.observe import observe
+from qwt_fx.calibrate.observe_ranges import observe
+from qwt_fx.clip.clip import ImageTower, TextTower
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.passes import FoldChannelWise, ReparameterizeLayerNorm
+from qwt_fx.quant.fake_quant import FakeQuant
 
 BATCH = 32
 START, END = 49406, 49407

@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import save_file
 from torch.fx import GraphModule
 
-from qwt_fx import clip
-from qwt_fx.classes import resolve
-from qwt_fx.classifier import FLOATING_CLASSIFIER
-from qwt_fx.clip import ClipModel
+from qwt_fx.clip import clip
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.pipeline import TOWERS, Evaluation, capture_towers, quantize_towers
 from qwt_fx.commands.screen import Screen
-from qwt_fx.config import QuantConfig
-from qwt_fx.data import CalibrationData, load_calibration
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.data.classes import resolve
+from qwt_fx.data.data import CalibrationData, load_calibration
+from qwt_fx.data.imagefolder import open_validation
 from qwt_fx.demo.assets import unpack_weights, write_files
-from qwt_fx.evaluate import Features, ZeroShot, compare
-from qwt_fx.imagefolder import open_validation
-from qwt_fx.machine import processor
+from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER
+from qwt_fx.evaluate.evaluate import Features, ZeroShot, compare
+from qwt_fx.measure.machine import processor
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"

@@ -22,17 +22,17 @@ from tabulate import tabulate
 from torch.fx import GraphModule, Node
 
 from qwt_fx import api
-from qwt_fx.classifier import FLOATING_CLASSIFIER
+from qwt_fx.artifact.graph_document import parse_document
+from qwt_fx.artifact.graph_json import graph_to_json
+from qwt_fx.artifact.graph_tensors import file_tensors
 from qwt_fx.commands.pipeline import TOWERS, QuantizedClip
-from qwt_fx.config import QuantConfig
-from qwt_fx.evaluate import compare
-from qwt_fx.graph import CONVOLUTIONS, LINEAR, SDPA, compute_nodes, find_node, graph_info
-from qwt_fx.graph_document import parse_document
-from qwt_fx.graph_json import graph_to_json
-from qwt_fx.graph_tensors import file_tensors
-from qwt_fx.metrics import mcnemar
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.recipes import recipe_for
+from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER
+from qwt_fx.evaluate.evaluate import compare
+from qwt_fx.evaluate.metrics import mcnemar
+from qwt_fx.graph.graph import CONVOLUTIONS, LINEAR, SDPA, compute_nodes, find_node, graph_info
 from qwt_fx.passes import InsertCompensation
-from qwt_fx.recipes import recipe_for
 
 RECIPES = ("best", "repq-vit")
 OTHER = {"local": "fp", "fp": "local"}

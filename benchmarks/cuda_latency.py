@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import qwt_fx
 from qwt_fx import QuantConfig
 from qwt_fx.backends import backend_for
-from qwt_fx.clip import ImageTower
-from qwt_fx.kernel_audit import refuse_if_float
-from qwt_fx.measure import sqnr_db
+from qwt_fx.clip.clip import ImageTower
+from qwt_fx.measure.kernel_audit import refuse_if_float
+from qwt_fx.measure.measure import sqnr_db
 
 WARM_UP = 5
 VARIANTS = {

@@ -14,8 +14,8 @@ import torch
 from common import SETTINGS, Demo, both_settings, machine, open_demo, write_results
 from tabulate import tabulate
 
-from qwt_fx.config import QuantConfig
-from qwt_fx.metrics import mcnemar
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.evaluate.metrics import mcnemar
 
 METHODS: dict[str, dict[str, Any]] = {
     "original": {"recipe": "repq-vit", "compat": "original"},

@@ -34,9 +34,9 @@ from tabulate import tabulate
 from qwt_fx.cli import main as qwt_fx_main
 from qwt_fx.commands.pipeline import TOWERS, quantize_towers
 from qwt_fx.commands.quantize import save_clip
-from qwt_fx.config import QuantConfig
-from qwt_fx.evaluate import ZeroShot
-from qwt_fx.metrics import mcnemar, paired_drop_interval
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.evaluate.evaluate import ZeroShot
+from qwt_fx.evaluate.metrics import mcnemar, paired_drop_interval
 
 
 def search(demo: Demo, recipe: str, args: argparse.Namespace, seed: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import qwt_fx
 from qwt_fx import QuantConfig
-from qwt_fx.pt2e import QwTQuantizer
+from qwt_fx.pt2e.quantizer import QwTQuantizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from toys import Tower, randomize, tokens

@@ -25,9 +25,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from qwt_fx import api
-from qwt_fx.clip import ImageTower, TextTower
-from qwt_fx.config import QuantConfig
-from qwt_fx.measure import sqnr_db
+from qwt_fx.clip.clip import ImageTower, TextTower
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.measure.measure import sqnr_db
 
 PUBLISHED = {"recipe": "repq-vit", "compat": "original"}
 ROWS: dict[str, dict[str, Any]] = {

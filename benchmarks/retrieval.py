@@ -23,14 +23,14 @@ import torch
 from common import RESULTS, SCREEN, machine, write_results
 from tabulate import tabulate
 
-from qwt_fx import clip
+from qwt_fx.clip import clip
 from qwt_fx.commands.pipeline import capture_towers, quantize_towers
-from qwt_fx.config import QuantConfig
-from qwt_fx.data import load_calibration
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.data.data import load_calibration
+from qwt_fx.data.retrieval_data import RetrievalReader
 from qwt_fx.demo.assets import write_files
-from qwt_fx.retrieval import CROSS_SIDES, RECALLS
-from qwt_fx.retrieval_data import RetrievalReader
-from qwt_fx.retrieval_metrics import PairFeatures, pair_features, retrieval_metrics
+from qwt_fx.evaluate.retrieval import CROSS_SIDES, RECALLS
+from qwt_fx.evaluate.retrieval_metrics import PairFeatures, pair_features, retrieval_metrics
 
 METHODS: dict[str, dict[str, Any]] = {
     "RepQ-ViT": {"recipe": "repq-vit"},

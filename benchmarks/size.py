@@ -19,7 +19,7 @@ from latency import build, inputs
 from tabulate import tabulate
 
 from qwt_fx import api
-from qwt_fx.config import QuantConfig
+from qwt_fx.config.config import QuantConfig
 
 
 def folder_bytes(folder: Path) -> int:

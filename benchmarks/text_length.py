@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx import api
-from qwt_fx.config import QuantConfig
+from qwt_fx.clip.towers import TextTower
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.demo.assets import demo_config, demo_state_dict
-from qwt_fx.measure import sqnr_db
-from qwt_fx.towers import TextTower
-from qwt_fx.trim import trim
+from qwt_fx.measure.measure import sqnr_db
+from qwt_fx.text.trim import trim
 
 
 def demo_tower() -> tuple[TextTower, int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qwt_fx.qparams import (
+from qwt_fx.numerics.qparams import (
     QuantSpec,
     dequantize_log_sqrt2,
     fake_quantize_affine,

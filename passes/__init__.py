@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwt_fx.pass_base import Change, Pass, PassManager, PassResult, Skip
+from qwt_fx.graph.pass_base import Change, Pass, PassManager, PassResult, Skip
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
 from qwt_fx.passes.choose_softmax_quantizer import ChooseSoftmaxQuantizer
 from qwt_fx.passes.convert_to_integers import ConvertToIntegers

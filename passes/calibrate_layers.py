@@ -26,26 +26,26 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.block_compensation import CompensationSettings, why_no_block
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.process_memory import release_freed
+from qwt_fx.batches.value_store import ValueStore
+from qwt_fx.calibrate.block_compensation import CompensationSettings, why_no_block
+from qwt_fx.calibrate.layer_range import fit_range
+from qwt_fx.calibrate.layer_sums import layer_sums
+from qwt_fx.calibrate.observe_ranges import observe_on_first, set_mode
+from qwt_fx.calibrate.paired_walk import Lockstep
+from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
+from qwt_fx.config.layer_settings import LayerRemedies
 from qwt_fx.errors import DataError
-from qwt_fx.fake_quant import FakeQuant, Mode
-from qwt_fx.gram import LayerSums
-from qwt_fx.graph import add_module, layer_name
-from qwt_fx.heap import release_freed
-from qwt_fx.journal import NO_JOURNAL, Journal
-from qwt_fx.layer_fit import FittedLayer, fit_layer
-from qwt_fx.layer_groups import LayerGroup, can_be_rows, find_groups, weight_quantizer
-from qwt_fx.layer_range import fit_range
-from qwt_fx.layer_sums import layer_sums
-from qwt_fx.lockstep import Lockstep
-from qwt_fx.norms import fake_quant_of, is_fake_quant
-from qwt_fx.observe import observe_on_first, set_mode
-from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.qparams import LOG_SQRT2
-from qwt_fx.remedies import LayerRemedies
-from qwt_fx.rescale import set_layer, weight_and_bias
-from qwt_fx.share import Share
-from qwt_fx.value_store import ValueStore
+from qwt_fx.graph.graph import add_module, layer_name
+from qwt_fx.graph.pass_base import Change, Pass, Skip
+from qwt_fx.numerics.layer_fit import FittedLayer, fit_layer
+from qwt_fx.numerics.qparams import LOG_SQRT2
+from qwt_fx.numerics.second_moments import LayerSums
+from qwt_fx.quant.fake_quant import FakeQuant, Mode
+from qwt_fx.quant.layer_groups import LayerGroup, can_be_rows, find_groups, weight_quantizer
+from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.rescale import set_layer, weight_and_bias
 
 
 @dataclass(frozen=True)

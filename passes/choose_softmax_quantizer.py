@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.precision import wide
 from qwt_fx.errors import PreconditionError
-from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import MATMULS, SHAPE_ONLY, is_call
-from qwt_fx.norms import fake_quant_of, is_fake_quant
-from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.precision import wide
-from qwt_fx.qparams import AFFINE, LOG_SQRT2
-from qwt_fx.runner import Env, run_all
-from qwt_fx.share import Share
+from qwt_fx.graph.graph import MATMULS, SHAPE_ONLY, is_call
+from qwt_fx.graph.pass_base import Change, Pass, Skip
+from qwt_fx.graph.runner import Env, run_all
+from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2
+from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from qwt_fx.attention import decompose_attention, why_not_decomposable
-from qwt_fx.graph import SDPA, layer_name
-from qwt_fx.pass_base import Change, Pass, Skip
+from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
+from qwt_fx.graph.graph import SDPA, layer_name
+from qwt_fx.graph.pass_base import Change, Pass, Skip
 
 
 @dataclass(frozen=True)

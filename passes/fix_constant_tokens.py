@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.channel_map import feeds_attention
-from qwt_fx.fake_quant import Mode
-from qwt_fx.graph import LINEAR, add_tensor, graph_info, is_call, layer_name
-from qwt_fx.observe import set_mode
-from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.runner import placeholders, run_all, start
-from qwt_fx.sample_ids import batch_axis
-from qwt_fx.share import Share
-from qwt_fx.token_ids import TokenMask
-from qwt_fx.token_map import token_mask
-from qwt_fx.trim import cut_to_length
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.calibrate.observe_ranges import set_mode
+from qwt_fx.graph.graph import LINEAR, add_tensor, graph_info, is_call, layer_name
+from qwt_fx.graph.pass_base import Change, Pass, Skip
+from qwt_fx.graph.runner import placeholders, run_all, start
+from qwt_fx.graph.sample_ids import batch_axis
+from qwt_fx.quant.channel_map import feeds_attention
+from qwt_fx.quant.fake_quant import Mode
+from qwt_fx.text.token_ids import TokenMask
+from qwt_fx.text.token_map import token_mask
+from qwt_fx.text.trim import cut_to_length
 
 aten = torch.ops.aten
 

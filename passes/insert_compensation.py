@@ -1,7 +1,7 @@
 """QwT and its cheaper kin: repair each quantized block's error by closed-form regression.
 
 Blocks are done in order, so a block's input is the output of the quantized and compensated prefix;
-see `qwt_fx.block_compensation`.
+see `qwt_fx.calibrate.block_compensation`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule
 
-from qwt_fx.block_compensation import BlockCompensation, CompensationSettings, why_no_block
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.process_memory import release_freed
+from qwt_fx.batches.value_store import ValueStore
+from qwt_fx.calibrate.block_compensation import (
+    BlockCompensation,
+    CompensationSettings,
+    why_no_block,
+)
+from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.errors import PreconditionError
-from qwt_fx.fake_quant import Mode
-from qwt_fx.graph import find_node, graph_info
-from qwt_fx.heap import release_freed
-from qwt_fx.journal import NO_JOURNAL, Journal
-from qwt_fx.norms import fake_quant_of, is_fake_quant
-from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.runner import BlockRunner
-from qwt_fx.share import Share
-from qwt_fx.token_map import token_masks
-from qwt_fx.value_store import ValueStore
+from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.graph.pass_base import Change, Pass, Skip
+from qwt_fx.graph.runner import BlockRunner
+from qwt_fx.quant.fake_quant import Mode
+from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.text.token_map import token_masks
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class InsertCompensation(Pass):
         reference: the floating-point graph the quantized one was made from.
         batches: calibration batches, a list of tuples of tensors (or of tensors).
         kind, target, hold_out, token_masks, half: see
-            `qwt_fx.block_compensation.CompensationSettings`.
+            `qwt_fx.calibrate.block_compensation.CompensationSettings`.
         progress: called as progress(blocks done, blocks).
         journal: keeps the fit of each block, and is committed after each.
         store: keeps the activations at the block reached.

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from qwt_fx.attention import decompose_attention, why_not_decomposable
+from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.errors import ConfigError
-from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import (
+from qwt_fx.graph.graph import (
     MATMULS,
     SDPA,
     SHAPE_ONLY,
@@ -20,9 +19,10 @@ from qwt_fx.graph import (
     is_call,
     layer_name,
 )
-from qwt_fx.norms import is_fake_quant
-from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.qparams import LOG_SQRT2, QuantSpec
+from qwt_fx.graph.pass_base import Change, Pass, Skip
+from qwt_fx.numerics.qparams import LOG_SQRT2, QuantSpec
+from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.norms import is_fake_quant
 
 
 @dataclass(frozen=True)

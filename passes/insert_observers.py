@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from qwt_fx.config import QuantConfig
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
-from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import (
+from qwt_fx.graph.graph import (
     CONVOLUTIONS,
     MATMULS,
     RMS_NORM,
@@ -29,9 +28,10 @@ from qwt_fx.graph import (
     through_shape_ops,
     weight_layers,
 )
-from qwt_fx.norms import NORMS, why_not_reparameterizable
-from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.qparams import QuantSpec
+from qwt_fx.graph.pass_base import Change, Pass, Skip
+from qwt_fx.numerics.qparams import QuantSpec
+from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.norms import NORMS, why_not_reparameterizable
 
 # The input of the patch embedding is an image of 8-bit pixels: fewer bits would lose data that
 # cost nothing, and the published code keeps 8 too.

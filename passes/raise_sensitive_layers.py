@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.calibrate.observe_ranges import fake_quant_nodes, observe
+from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.errors import ConfigError, PreconditionError
-from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import layer_name
-from qwt_fx.journal import NO_JOURNAL, Journal
-from qwt_fx.layer_groups import LayerGroup, find_groups, weight_quantizer
-from qwt_fx.norms import fake_quant_of
-from qwt_fx.observe import fake_quant_nodes, observe
-from qwt_fx.pass_base import Change, Pass, Skip
-from qwt_fx.runner import as_inputs
-from qwt_fx.sensitivity import Sensitivity, measure_sensitivity
-from qwt_fx.share import Share
+from qwt_fx.graph.graph import layer_name
+from qwt_fx.graph.pass_base import Change, Pass, Skip
+from qwt_fx.graph.runner import as_inputs
+from qwt_fx.measure.sensitivity import Sensitivity, measure_sensitivity
+from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.layer_groups import LayerGroup, find_groups, weight_quantizer
+from qwt_fx.quant.norms import fake_quant_of
 
 BITS = 8
 

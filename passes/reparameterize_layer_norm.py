@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.constants import constant_tensor
 from qwt_fx.errors import NotCalibratedError
-from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import (
+from qwt_fx.graph.constants import constant_tensor
+from qwt_fx.graph.graph import (
     LAYER_NORM,
     RMS_NORM,
     add_module,
@@ -33,7 +32,9 @@ from qwt_fx.graph import (
     strip_weight,
     tensor_of,
 )
-from qwt_fx.norms import (
+from qwt_fx.graph.pass_base import Change, Pass, Skip
+from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.norms import (
     NORMS,
     NormReaders,
     fake_quant_of,
@@ -43,7 +44,6 @@ from qwt_fx.norms import (
     weight_node,
     why_affine_is_fixed,
 )
-from qwt_fx.pass_base import Change, Pass, Skip
 
 
 @dataclass(frozen=True)

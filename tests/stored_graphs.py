@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qwt_fx import torch_ao
-from qwt_fx.artifact_index import file_entry
-from qwt_fx.capture import capture
-from qwt_fx.graph import LINEAR, GraphInfo, add_tensor, graph_info, tensor_of
-from qwt_fx.graph_document import parse_document
-from qwt_fx.graph_tensors import file_tensors, restore
-from qwt_fx.json_values import digest, dumps
+from qwt_fx.artifact.artifact_index import file_entry
+from qwt_fx.artifact.graph_document import parse_document
+from qwt_fx.artifact.graph_tensors import file_tensors, restore
+from qwt_fx.artifact.json_values import digest, dumps
+from qwt_fx.capture.capture import capture
+from qwt_fx.graph.graph import LINEAR, GraphInfo, add_tensor, graph_info, tensor_of
+from qwt_fx.quant import torch_ao
 
 
 class Tiny(nn.Module):

@@ -14,9 +14,9 @@ from zoo.models import ZOO, Entry
 from zoo.randomize import randomize
 
 import qwt_fx
-from qwt_fx.config import QuantConfig
-from qwt_fx.graph import compute_nodes, graph_info
-from qwt_fx.report import layer_rows
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.graph.graph import compute_nodes, graph_info
+from qwt_fx.inspect.report import layer_rows
 
 SAMPLES = 128  # as in the table
 # Whatever multiplies matrices, by name: an oracle that does not use the package's own tables.

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import qwt_fx
-from qwt_fx.config import QuantConfig
-from qwt_fx.observe import observe
+from qwt_fx.calibrate.observe_ranges import observe
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.passes import InsertObservers
 
 WIDTH = 16

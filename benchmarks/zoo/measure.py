@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import qwt_fx
-from qwt_fx.config import QuantConfig
-from qwt_fx.graph import find_node, graph_info
-from qwt_fx.measure import sqnr_db
-from qwt_fx.report import layer_rows
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.inspect.report import layer_rows
+from qwt_fx.measure.measure import sqnr_db
 from zoo.models import Entry
 from zoo.randomize import randomize
 

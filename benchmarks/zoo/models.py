@@ -71,7 +71,7 @@ def _open_clip(name: str, image: bool = True, **changes: Any) -> nn.Module:
     """A tower of a named open_clip model with fields of its config replaced."""
     import open_clip
 
-    from qwt_fx.towers import ImageTower, TextTower
+    from qwt_fx.clip.towers import ImageTower, TextTower
 
     config = open_clip.get_model_config(name)
     for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from qwt_fx import config as quant
+from qwt_fx.batches.value_store import parse_size
+from qwt_fx.config import config as quant
 from qwt_fx.errors import ConfigError
-from qwt_fx.value_store import parse_size
 
 CHOICES = {"fp32_eval": "none", "image_only": "image", "all_quant": "both"}
 TOWER_SETS = {"none": (), "image": ("image",), "text": ("text",), "both": ("image", "text")}

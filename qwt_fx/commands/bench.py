@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from qwt_fx import clip
-from qwt_fx.artifact import read_artifact
+from qwt_fx.artifact.artifact import read_artifact
+from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.backends.runtimes import INTEGER, Prepared, Source, runtime_for
-from qwt_fx.clip import ClipModel
+from qwt_fx.clip import clip
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, add_model, positive
 from qwt_fx.commands.pipeline import TOWERS
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.errors import ConfigError
-from qwt_fx.floating import floating_graph
-from qwt_fx.kernel_audit import LayerKernel, refuse_if_float
-from qwt_fx.machine import memory_of, processor
-from qwt_fx.output import write_text_atomic
-from qwt_fx.report import SCHEMA, peak_rss_bytes
-from qwt_fx.timing import Latency, interleaved
+from qwt_fx.inspect.report import SCHEMA, peak_rss_bytes
+from qwt_fx.measure.floating import floating_graph
+from qwt_fx.measure.kernel_audit import LayerKernel, refuse_if_float
+from qwt_fx.measure.machine import memory_of, processor
+from qwt_fx.measure.timing import Latency, interleaved
 from qwt_fx.version import __version__
 
 DEFAULT_RUNTIMES = "fp32-eager,fp32-compile,eager,x86"

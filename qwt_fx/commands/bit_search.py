@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx import api
-from qwt_fx.artifact import write_artifact
-from qwt_fx.bit_losses import INPUT, WEIGHT, BitLoss, measure_bits
+from qwt_fx.artifact.artifact import write_artifact
+from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.commands.pipeline import TOWERS, config_of_tower
 from qwt_fx.commands.screen import Screen
-from qwt_fx.config import FLOAT_BITS, QuantConfig
+from qwt_fx.config.config import FLOAT_BITS, QuantConfig
+from qwt_fx.config.recipes import recipe_for
 from qwt_fx.errors import ConfigError, OutputError
-from qwt_fx.graph import weight_layers
-from qwt_fx.measure import sqnr_db
-from qwt_fx.mixed_precision import Choice, narrowest, overrides, weight_bytes
-from qwt_fx.nearest import NearestCaption
-from qwt_fx.output import write_text_atomic
-from qwt_fx.recipes import recipe_for
+from qwt_fx.evaluate.nearest import NearestCaption
+from qwt_fx.graph.graph import weight_layers
+from qwt_fx.measure.bit_losses import INPUT, WEIGHT, BitLoss, measure_bits
+from qwt_fx.measure.measure import sqnr_db
+from qwt_fx.measure.mixed_precision import Choice, narrowest, overrides, weight_bytes
 
 Pairs = tuple[Tensor, Tensor]
 

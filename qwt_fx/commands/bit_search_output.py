@@ -10,12 +10,12 @@ from dataclasses import asdict
 
 import torch
 
-from qwt_fx.bit_losses import INPUT, WEIGHT, BitLoss
 from qwt_fx.commands.bit_search import BitSearch, Trial
 from qwt_fx.commands.config_text import config_text
 from qwt_fx.commands.screen import Screen, percent
-from qwt_fx.mixed_precision import Choice, by_operand, narrowest, weight_bytes
-from qwt_fx.report import SCHEMA
+from qwt_fx.inspect.report import SCHEMA
+from qwt_fx.measure.bit_losses import INPUT, WEIGHT, BitLoss
+from qwt_fx.measure.mixed_precision import Choice, by_operand, narrowest, weight_bytes
 from qwt_fx.version import __version__
 
 

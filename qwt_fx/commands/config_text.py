@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from qwt_fx.config import AUTO, REMEDIES, QuantConfig
+from qwt_fx.config.config import AUTO, REMEDIES, QuantConfig
 
 
 def config_text(

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from qwt_fx import clip
-from qwt_fx.classes import resolve
-from qwt_fx.clip import ClipModel
+from qwt_fx.artifact.output import write_text_atomic
+from qwt_fx.clip import clip
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, natural
 from qwt_fx.commands.pipeline import (
     Evaluation,
@@ -25,13 +25,13 @@ from qwt_fx.commands.pipeline import (
 )
 from qwt_fx.commands.quantize import calibration_entry, fp32_bytes, save_clip
 from qwt_fx.commands.screen import Screen, decibels, megabytes, percent
-from qwt_fx.config import QuantConfig
-from qwt_fx.data import CalibrationData, load_calibration
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.data.classes import resolve
+from qwt_fx.data.data import CalibrationData, load_calibration
+from qwt_fx.data.imagefolder import open_validation
 from qwt_fx.demo.assets import VARIANTS, write_files
-from qwt_fx.evaluate import Features
-from qwt_fx.imagefolder import open_validation
-from qwt_fx.output import write_text_atomic
-from qwt_fx.report import build_report, to_json
+from qwt_fx.evaluate.evaluate import Features
+from qwt_fx.inspect.report import build_report, to_json
 
 EXAMPLE = """\
 example:

@@ -10,10 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from qwt_fx import api, clip, ranks
-from qwt_fx.artifact import Artifact, read_artifact
-from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
-from qwt_fx.clip import ClipModel
+from qwt_fx import api
+from qwt_fx.artifact.artifact import Artifact, read_artifact
+from qwt_fx.artifact.output import PARTIAL_SUFFIX, REPORT, OutputDirectory, write_text_atomic
+from qwt_fx.batches import ranks
+from qwt_fx.checkpoint.feature_store import FeatureStore
+from qwt_fx.clip import clip
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, add_eval, add_model, natural, positive
 from qwt_fx.commands.inputs import device_of, load_model, open_evaluation, open_retrieval
 from qwt_fx.commands.partial_run import PartialRun
@@ -22,13 +25,12 @@ from qwt_fx.commands.results import finish, kept_report, require_data, require_t
 from qwt_fx.commands.retrieval import Retrieval, with_retrieval
 from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
-from qwt_fx.config import QuantConfig
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
-from qwt_fx.evaluate import Features
-from qwt_fx.feature_store import FeatureStore
-from qwt_fx.kernel_audit import LayerKernel, refuse_if_float
-from qwt_fx.output import PARTIAL_SUFFIX, REPORT, OutputDirectory, write_text_atomic
-from qwt_fx.report import build_report, to_json
+from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
+from qwt_fx.evaluate.evaluate import Features
+from qwt_fx.inspect.report import build_report, to_json
+from qwt_fx.measure.kernel_audit import LayerKernel, refuse_if_float
 
 EXAMPLE = """\
 example:

@@ -7,21 +7,22 @@ from pathlib import Path
 
 import torch
 
-from qwt_fx import clip, ranks
-from qwt_fx.classes import ClassPrompts, resolve
-from qwt_fx.clip import ClipModel
+from qwt_fx.batches import ranks
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.kept_batches import KeptBatches
+from qwt_fx.batches.value_store import ValueStore
+from qwt_fx.checkpoint.feature_store import FeatureStore
+from qwt_fx.clip import clip
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import samples_of
 from qwt_fx.commands.pipeline import Evaluation
 from qwt_fx.commands.retrieval import Retrieval
 from qwt_fx.commands.screen import Screen
-from qwt_fx.data import CalibrationData, load_calibration
+from qwt_fx.data.classes import ClassPrompts, resolve
+from qwt_fx.data.data import CalibrationData, load_calibration
+from qwt_fx.data.imagefolder import open_validation
+from qwt_fx.data.retrieval_data import RetrievalReader
 from qwt_fx.errors import ConfigError
-from qwt_fx.feature_store import FeatureStore
-from qwt_fx.imagefolder import open_validation
-from qwt_fx.kept_batches import KeptBatches
-from qwt_fx.retrieval_data import RetrievalReader
-from qwt_fx.share import Share
-from qwt_fx.value_store import ValueStore
 
 
 def device_of(args: argparse.Namespace) -> str:

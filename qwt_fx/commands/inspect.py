@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.commands.arguments import (
     add_calibration,
     add_common,
@@ -15,10 +16,9 @@ from qwt_fx.commands.arguments import (
 from qwt_fx.commands.inspect_data import Subject, gather, open_subject
 from qwt_fx.commands.screen import Screen
 from qwt_fx.errors import ConfigError
-from qwt_fx.output import write_text_atomic
-from qwt_fx.page.data import STAGES, PageData, TowerData
-from qwt_fx.page.document import render
-from qwt_fx.page.tables import LAYER_HEADERS, layer_cells
+from qwt_fx.inspect.page.data import STAGES, PageData, TowerData
+from qwt_fx.inspect.page.document import render
+from qwt_fx.inspect.page.tables import LAYER_HEADERS, layer_cells
 
 EXAMPLE = """\
 examples:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qwt_fx import api, clip
-from qwt_fx.artifact import read_artifact
-from qwt_fx.block_quality import block_sqnr
-from qwt_fx.clip import ClipModel
+from qwt_fx import api
+from qwt_fx.artifact.artifact import read_artifact
+from qwt_fx.artifact.output import REPORT
+from qwt_fx.clip import clip
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import quant_config, towers_of
 from qwt_fx.commands.inputs import load_batches, load_model
 from qwt_fx.commands.inspect_measure import kernels_of, latency_of, moved_ranges
@@ -26,20 +27,20 @@ from qwt_fx.commands.quantize import save_clip
 from qwt_fx.commands.reproduce import command_line
 from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
-from qwt_fx.config import QuantConfig
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph import compute_nodes, graph_info, layer_name
-from qwt_fx.inspection import inspect_rows, own_errors
-from qwt_fx.layer_statistics import (
+from qwt_fx.graph.graph import compute_nodes, graph_info, layer_name
+from qwt_fx.inspect.inspection import inspect_rows, own_errors
+from qwt_fx.inspect.page.data import STAGES, PageData, TowerData
+from qwt_fx.inspect.report import block_rows, skip_rows
+from qwt_fx.measure.block_quality import block_sqnr
+from qwt_fx.measure.layer_statistics import (
     LayerStatistics,
     contributions,
     layer_statistics,
     weight_histograms,
 )
-from qwt_fx.machine import processor
-from qwt_fx.output import REPORT
-from qwt_fx.page.data import STAGES, PageData, TowerData
-from qwt_fx.report import block_rows, skip_rows
+from qwt_fx.measure.machine import processor
 
 SAMPLES = 16  # of the first batch: statistics of values and contributions of layers
 

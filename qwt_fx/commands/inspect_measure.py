@@ -6,16 +6,16 @@ import torch
 from torch.fx import GraphModule
 
 from qwt_fx import api
-from qwt_fx.clip import ClipModel
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.screen import Screen
 from qwt_fx.errors import QwtError
-from qwt_fx.floating import floating_graph
-from qwt_fx.graph import layer_name, through_shape_ops, weight_layers
-from qwt_fx.kernel_audit import LayerKernel
-from qwt_fx.layer_statistics import LayerStatistics
-from qwt_fx.norms import NORMS
-from qwt_fx.page.data import ChannelRanges
-from qwt_fx.timing import interleaved
+from qwt_fx.graph.graph import layer_name, through_shape_ops, weight_layers
+from qwt_fx.inspect.page.data import ChannelRanges
+from qwt_fx.measure.floating import floating_graph
+from qwt_fx.measure.kernel_audit import LayerKernel
+from qwt_fx.measure.layer_statistics import LayerStatistics
+from qwt_fx.measure.timing import interleaved
+from qwt_fx.quant.norms import NORMS
 
 ROUNDS = 9
 

@@ -1,9 +1,9 @@
 """`quantize --resume`: what lies in `DIR.partial/` is taken, not made again.
 
     calibration/       checkpoints of an unfinished calibration (see `tower_checkpoints`)
-    activations/       what `--memory-budget` leaves no room for (see `qwt_fx.value_store`)
+    activations/       what `--memory-budget` leaves no room for (see `qwt_fx.batches.value_store`)
     calibrated.json    beside the artifact once that is complete: what the report says of its making
-    evaluation/        the embeddings of an interrupted evaluation (see `qwt_fx.feature_store`)
+    evaluation/        the embeddings of an interrupted evaluation (see `qwt_fx.checkpoint.feature_store`)
 
 Nothing of it is left when the run is complete.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qwt_fx.artifact import read_artifact
-from qwt_fx.artifact_index import INDEX
-from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
+from qwt_fx.artifact.artifact import read_artifact
+from qwt_fx.artifact.artifact_index import INDEX
+from qwt_fx.artifact.output import write_text_atomic
+from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.commands.pipeline import QuantizedClip
 from qwt_fx.commands.tower_checkpoints import TowerCheckpoints
-from qwt_fx.feature_store import FeatureStore
-from qwt_fx.output import write_text_atomic
+from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 
 _STATE = "calibrated.json"
 _EVALUATION = "evaluation"

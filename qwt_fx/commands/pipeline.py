@@ -13,24 +13,31 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qwt_fx import api
-from qwt_fx.classes import ClassPrompts
-from qwt_fx.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
-from qwt_fx.clip import ClipModel
+from qwt_fx.batches.device_memory import with_smaller_batches
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.kept_batches import KeptBatches
+from qwt_fx.batches.precision import to_device
+from qwt_fx.batches.ranks import Ranks
+from qwt_fx.batches.value_store import ValueStore
+from qwt_fx.calibrate.observe_ranges import observe
+from qwt_fx.checkpoint.feature_store import FeatureStore
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.screen import Screen
 from qwt_fx.commands.tower_checkpoints import FinishedTower, TowerCheckpoints
-from qwt_fx.config import QuantConfig
-from qwt_fx.device_memory import with_smaller_batches
-from qwt_fx.evaluate import Features, ZeroShot, compare, image_features, text_features, zero_shot
-from qwt_fx.feature_store import FeatureStore
-from qwt_fx.graph import layer_name, weight_layers
-from qwt_fx.kept_batches import KeptBatches
-from qwt_fx.measure import sqnr_db, tensors_of
-from qwt_fx.observe import observe
-from qwt_fx.precision import to_device
-from qwt_fx.ranks import Ranks
-from qwt_fx.recipes import recipe_for
-from qwt_fx.share import Share
-from qwt_fx.value_store import ValueStore
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.recipes import recipe_for
+from qwt_fx.data.classes import ClassPrompts
+from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
+from qwt_fx.evaluate.evaluate import (
+    Features,
+    ZeroShot,
+    compare,
+    image_features,
+    text_features,
+    zero_shot,
+)
+from qwt_fx.graph.graph import layer_name, weight_layers
+from qwt_fx.measure.measure import sqnr_db, tensors_of
 
 TOWERS = ("image", "text")
 

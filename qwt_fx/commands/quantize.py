@@ -9,10 +9,12 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from qwt_fx import ranks
-from qwt_fx.artifact import read_artifact, write_artifact
-from qwt_fx.classes import ClassPrompts
-from qwt_fx.clip import ClipModel, to_extra
+from qwt_fx.artifact.artifact import read_artifact, write_artifact
+from qwt_fx.artifact.output import REPORT, OutputDirectory, write_text_atomic
+from qwt_fx.batches import ranks
+from qwt_fx.batches.value_store import ValueStore
+from qwt_fx.checkpoint.feature_store import FeatureStore
+from qwt_fx.clip.clip import ClipModel, to_extra
 from qwt_fx.commands import evaluate as evaluate_command
 from qwt_fx.commands.arguments import (
     add_calibration,
@@ -38,14 +40,12 @@ from qwt_fx.commands.retrieval import with_retrieval
 from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
 from qwt_fx.commands.tower_checkpoints import TowerCheckpoints
-from qwt_fx.config import QuantConfig
-from qwt_fx.data import CalibrationData
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.data.classes import ClassPrompts
+from qwt_fx.data.data import CalibrationData
 from qwt_fx.errors import CheckFailed, ConfigError
-from qwt_fx.feature_store import FeatureStore
-from qwt_fx.output import REPORT, OutputDirectory, write_text_atomic
-from qwt_fx.quantizers import compensation_bytes
-from qwt_fx.report import build_report, to_json
-from qwt_fx.value_store import ValueStore
+from qwt_fx.inspect.report import build_report, to_json
+from qwt_fx.quant.quantizers import compensation_bytes
 
 EXAMPLE = """\
 example:

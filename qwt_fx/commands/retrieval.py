@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwt_fx.batches.ranks import Ranks
+from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.commands.screen import Screen
-from qwt_fx.feature_store import FeatureStore
-from qwt_fx.ranks import Ranks
-from qwt_fx.retrieval_data import RetrievalReader
-from qwt_fx.retrieval_metrics import FP32, QUANTIZED, pair_features, retrieval_metrics
+from qwt_fx.data.retrieval_data import RetrievalReader
+from qwt_fx.evaluate.retrieval_metrics import FP32, QUANTIZED, pair_features, retrieval_metrics
 
 
 @dataclass

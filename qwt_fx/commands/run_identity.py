@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from qwt_fx.artifact_index import INDEX
+from qwt_fx.artifact.artifact_index import INDEX
 from qwt_fx.commands.inputs import device_of
-from qwt_fx.report import SCHEMA
-from qwt_fx.shards import expand
-from qwt_fx.stream_shard import is_remote
+from qwt_fx.data.shards import expand
+from qwt_fx.data.stream_shard import is_remote
+from qwt_fx.inspect.report import SCHEMA
 from qwt_fx.version import __version__
 
 # What does not change a number, or is told elsewhere.

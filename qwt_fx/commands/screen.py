@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 from tqdm import tqdm
 
-from qwt_fx.retrieval import RECALLS
+from qwt_fx.evaluate.retrieval import RECALLS
 
 
 class Screen:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwt_fx.bit_losses import WEIGHT, BitLoss
+from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.commands.arguments import (
     add_calibration,
     add_common,
@@ -26,15 +26,15 @@ from qwt_fx.commands.inputs import load_batches, load_model
 from qwt_fx.commands.pipeline import capture_towers
 from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
-from qwt_fx.config import QuantConfig
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import CheckFailed, ConfigError
-from qwt_fx.mixed_precision import (
+from qwt_fx.measure.bit_losses import WEIGHT, BitLoss
+from qwt_fx.measure.mixed_precision import (
     Choice,
     by_operand,
     choose_bits,
     frontier,
 )
-from qwt_fx.output import write_text_atomic
 
 STATISTICS = 32
 JUDGES = 256

@@ -1,6 +1,6 @@
 """The checkpoints of `quantize` in `DIR.partial/calibration/`: one journal a tower, then the tower.
 
-    TOWER/         the journal of a tower that is being calibrated (`qwt_fx.journal`)
+    TOWER/         the journal of a tower that is being calibrated (`qwt_fx.checkpoint.journal`)
     TOWER.done/    the tower, converted, as an artifact; its journal holds no results from then on
 
 Towers are calibrated one after another, so at most one journal and the towers before it lie there.
@@ -15,15 +15,15 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from qwt_fx.artifact import read_artifact, write_artifact
-from qwt_fx.artifact_index import INDEX
-from qwt_fx.calibration_identity import calibration_identity
-from qwt_fx.classifier import ClassifierQuantizer
+from qwt_fx.artifact.artifact import read_artifact, write_artifact
+from qwt_fx.artifact.artifact_index import INDEX
+from qwt_fx.artifact.output import sync
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.checkpoint.calibration_identity import calibration_identity
+from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal, StoredJournal
 from qwt_fx.errors import ArtifactError, OutputError
-from qwt_fx.graph import graph_info
-from qwt_fx.journal import NO_JOURNAL, Journal, StoredJournal
-from qwt_fx.output import sync
-from qwt_fx.share import Share
+from qwt_fx.evaluate.classifier import ClassifierQuantizer
+from qwt_fx.graph.graph import graph_info
 
 
 @dataclass(frozen=True)

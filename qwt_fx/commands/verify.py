@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from qwt_fx.backends.exports import runner_of
-from qwt_fx.clip import ClipModel
+from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.screen import Screen, decibels, percent
 from qwt_fx.errors import CheckFailed
-from qwt_fx.measure import sqnr_db
-from qwt_fx.metrics import agreement, normalized
+from qwt_fx.evaluate.metrics import agreement, normalized
+from qwt_fx.measure.measure import sqnr_db
 
 MIN_SQNR_DB = 40.0
 MIN_AGREEMENT = 0.995

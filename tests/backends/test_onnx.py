@@ -16,11 +16,11 @@ from toys import Tower, randomize, tokens
 
 import qwt_fx
 from qwt_fx import QuantConfig
+from qwt_fx.clip.towers import ImageTower, TextTower
 from qwt_fx.errors import ConfigError, MissingExtraError, PreconditionError
-from qwt_fx.kernel_audit import refuse_if_float
-from qwt_fx.measure import sqnr_db
-from qwt_fx.norms import fake_quant_of, is_fake_quant
-from qwt_fx.towers import ImageTower, TextTower
+from qwt_fx.measure.kernel_audit import refuse_if_float
+from qwt_fx.measure.measure import sqnr_db
+from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

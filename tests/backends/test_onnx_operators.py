@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwt_fx import ops, torch_ao
-from qwt_fx.qparams import quantize_log_sqrt2
+from qwt_fx.numerics.qparams import quantize_log_sqrt2
+from qwt_fx.quant import operators as ops
+from qwt_fx.quant import torch_ao
 
 onnxruntime = pytest.importorskip("onnxruntime")
 from qwt_fx.backends.onnx_operators import OPSET, translations  # noqa: E402

@@ -18,11 +18,11 @@ from qwt_fx import QuantConfig
 from qwt_fx.backends import saturation
 from qwt_fx.backends.compiled import compile_graph
 from qwt_fx.backends.saturation import QLINEAR
+from qwt_fx.clip.towers import TextTower
 from qwt_fx.errors import ConfigError, PreconditionError
-from qwt_fx.graph import graph_info, is_call
-from qwt_fx.integer_layers import IntegerLayer, layers_to_lower
-from qwt_fx.measure import sqnr_db
-from qwt_fx.towers import TextTower
+from qwt_fx.graph.graph import graph_info, is_call
+from qwt_fx.measure.measure import sqnr_db
+from qwt_fx.quant.integer_layers import IntegerLayer, layers_to_lower
 
 BITS = [(8, 8), (6, 6), (4, 4)]
 RECIPES = ["best", "repq-vit"]

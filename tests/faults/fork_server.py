@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-import qwt_fx.artifact
+import qwt_fx.artifact.artifact
 import qwt_fx.commands.inputs
 import qwt_fx.commands.quantize
 from qwt_fx import api, cli
-from qwt_fx.block_compensation import BlockCompensation
+from qwt_fx.calibrate.block_compensation import BlockCompensation
+from qwt_fx.checkpoint.journal import StoredJournal
 from qwt_fx.commands.pipeline import Evaluation
 from qwt_fx.commands.tower_checkpoints import _Stored
-from qwt_fx.journal import StoredJournal
 
 LIMIT = 300.0
 NOBODY = 65534
@@ -45,8 +45,8 @@ PHASES: dict[str, tuple[Any, str]] = {
     "finish": (_Stored, "finish"),
     "forget": (StoredJournal, "forget"),
     "evaluate": (Evaluation, "quantized"),
-    "save": (qwt_fx.artifact, "save_file"),
-    "index": (qwt_fx.artifact, "index_document"),
+    "save": (qwt_fx.artifact.artifact, "save_file"),
+    "index": (qwt_fx.artifact.artifact, "index_document"),
     "report": (qwt_fx.commands.quantize, "write_text_atomic"),
     "commit": (os, "rename"),
 }

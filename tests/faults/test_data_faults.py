@@ -13,10 +13,11 @@ from PIL import Image
 from shard_files import image_bytes, pairs, tokenizer, transform, words, write_tar
 from small_clip import small_config, write_config
 
-from qwt_fx import clip, stream_shard
-from qwt_fx.data import CalibrationData, load_calibration
+from qwt_fx.clip import clip
+from qwt_fx.data import stream_shard
+from qwt_fx.data.data import CalibrationData, load_calibration
+from qwt_fx.data.samples import ScanCounts
 from qwt_fx.errors import DataError, QwtError
-from qwt_fx.samples import ScanCounts
 
 
 def read(path: str | Path, samples: int = 40) -> CalibrationData:

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_clip import CONFIG
 
-from qwt_fx import classes, clip
 from qwt_fx.cli import main
+from qwt_fx.clip import clip
+from qwt_fx.data import classes
 from qwt_fx.errors import QwtError
 
 # Values that parsers and file systems trip over. No `pipe:`, which runs what it is given.

@@ -14,9 +14,9 @@ from torch.fx import GraphModule
 
 import qwt_fx
 from qwt_fx import QuantConfig
-from qwt_fx.qparams import QuantSpec, fake_quantize_affine, qparams_from_range
-from qwt_fx.regression import Moments, fit_held_out
-from qwt_fx.stored_weight import Dense, Int8, LowRank
+from qwt_fx.numerics.qparams import QuantSpec, fake_quantize_affine, qparams_from_range
+from qwt_fx.numerics.regression import Moments, fit_held_out
+from qwt_fx.numerics.stored_weight import Dense, Int8, LowRank
 
 SEEDS = st.integers(0, 2**31)
 

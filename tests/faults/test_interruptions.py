@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qwt_fx.artifact import read_artifact
+from qwt_fx.artifact.artifact import read_artifact
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 # (phase, which call of it)

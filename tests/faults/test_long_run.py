@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 import qwt_fx
 from qwt_fx import QuantConfig
-from qwt_fx.data import load_calibration
+from qwt_fx.data.data import load_calibration
 
 MEGABYTE = 1 << 20
 

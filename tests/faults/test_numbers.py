@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 import qwt_fx
 from qwt_fx import QuantConfig, api
 from qwt_fx.errors import DataError
-from qwt_fx.measure import sqnr_db
+from qwt_fx.measure.measure import sqnr_db
 
 Edit = Callable[[Tensor], object]
 

@@ -16,9 +16,8 @@ from torch.fx import GraphModule
 import qwt_fx
 from qwt_fx import QuantConfig, api
 from qwt_fx.backends.onnx_runtime import onnx_runtime_session
-from qwt_fx.fake_quant import FakeQuant, Mode
-from qwt_fx.observe import observe, set_mode
-from qwt_fx.pass_base import Pass
+from qwt_fx.calibrate.observe_ranges import observe, set_mode
+from qwt_fx.graph.pass_base import Pass
 from qwt_fx.passes import (
     ConvertToIntegers,
     DecomposeAttention,
@@ -28,6 +27,7 @@ from qwt_fx.passes import (
     QuantizeEmbeddings,
     ReparameterizeLayerNorm,
 )
+from qwt_fx.quant.fake_quant import FakeQuant, Mode
 
 
 class Attention(nn.Module):

@@ -194,7 +194,7 @@ def test_quantized_attention_equals_the_original_one(path: Path, strict: bool) -
 def test_a_wrong_range_is_told_from_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """The allowance for rounding must not hide a mistake: here, min-max instead of percentiles."""
     path = next(p for p in CLIP_FILES if not is_full(p))
-    monkeypatch.setattr("qwt_fx.observer.PERCENTILES", (0.9, 0.99))
+    monkeypatch.setattr("qwt_fx.numerics.percentile_search.PERCENTILES", (0.9, 0.99))
     values.cache_clear()
     try:
         with pytest.raises(AssertionError, match="from the original"):

@@ -13,15 +13,15 @@ from toys import WIDTH, Sequence, Tower, op_sequence, randomize, tokens
 
 import qwt_fx
 from qwt_fx import api
-from qwt_fx.config import QuantConfig
+from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.layer_settings import LayerRemedies
+from qwt_fx.config.recipes import recipe_for
 from qwt_fx.errors import DataError
-from qwt_fx.graph import graph_info
-from qwt_fx.measure import sqnr_db
-from qwt_fx.norms import fake_quant_of
-from qwt_fx.observe import fake_quant_nodes
+from qwt_fx.graph.graph import graph_info
+from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.passes import CalibrateLayers, InsertObservers
-from qwt_fx.recipes import recipe_for
-from qwt_fx.remedies import LayerRemedies
+from qwt_fx.quant.norms import fake_quant_of
 
 BATCHES = [tokens(16, 9, seed=s) for s in range(4)]
 EVALUATION = tokens(64, 9, seed=99)

@@ -12,15 +12,16 @@ from torch.fx import GraphModule, Node
 from toys import Tower, randomize, tokens
 
 import qwt_fx
-from qwt_fx import api, runner
-from qwt_fx.block_compensation import CompensationSettings
-from qwt_fx.config import QuantConfig
-from qwt_fx.fake_quant import FakeQuant
-from qwt_fx.graph import LINEAR, graph_info, is_call, layer_name
-from qwt_fx.measure import sqnr_db
-from qwt_fx.observe import fake_quant_nodes
+from qwt_fx import api
+from qwt_fx.calibrate.block_compensation import CompensationSettings
+from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.layer_settings import LayerRemedies
+from qwt_fx.graph import runner
+from qwt_fx.graph.graph import LINEAR, graph_info, is_call, layer_name
+from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.passes import CalibrateLayers, InsertCompensation, InsertObservers
-from qwt_fx.remedies import LayerRemedies
+from qwt_fx.quant.fake_quant import FakeQuant
 
 KINDS = ("qwt", "lowrank:4", "int8", "affine")
 BATCHES = [tokens(32, 6, seed=s) for s in range(4)]

@@ -8,7 +8,7 @@ from torch.export import Dim
 from toys import Tower, randomize, tokens
 
 import qwt_fx
-from qwt_fx.config import QuantConfig
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.passes import ConvertToIntegers
 

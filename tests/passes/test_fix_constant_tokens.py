@@ -10,12 +10,12 @@ from toys import Tower, randomize, tokens
 
 import qwt_fx
 from qwt_fx import api
-from qwt_fx.clip import TextTower
-from qwt_fx.config import QuantConfig
-from qwt_fx.graph import find_node, graph_info
-from qwt_fx.measure import sqnr_db
+from qwt_fx.clip.clip import TextTower
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.passes import FixConstantTokens
-from qwt_fx.token_map import token_mask
+from qwt_fx.text.token_map import token_mask
 
 START, END = 49406, 49407
 

@@ -9,13 +9,13 @@ from small_clip import small_model
 from toys import WIDTH, Tower, randomize, tokens
 
 import qwt_fx
-from qwt_fx.config import QuantConfig
+from qwt_fx.calibrate.observe_ranges import observe
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError, DataError, PreconditionError
-from qwt_fx.graph import find_node, graph_info
-from qwt_fx.hold_out import held_out_samples
-from qwt_fx.observe import observe
+from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.graph.runner import Subgraph, run_all, start
+from qwt_fx.numerics.hold_out import held_out_samples
 from qwt_fx.passes import InsertCompensation
-from qwt_fx.runner import Subgraph, run_all, start
 
 CONFIG = QuantConfig(3, 8, compensation="none")  # coarse weights: an error linear in x
 

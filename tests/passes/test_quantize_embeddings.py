@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qwt_fx
 from qwt_fx import api
-from qwt_fx.config import QuantConfig
+from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
 from qwt_fx.passes import QuantizeEmbeddings
 from qwt_fx.passes.quantize_embeddings import quantize_rows

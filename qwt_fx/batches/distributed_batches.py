@@ -1,0 +1,70 @@
+"""The calibration batches of one rank, and what it knows of the others'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwt_fx.batches.ranks import Message, Ranks
+from qwt_fx.errors import DataError
+from qwt_fx.graph.runner import batch_size, check_batches
+
+
+@dataclass(frozen=True)
+class Share:
+    """Batches of which each rank holds every N-th; stands wherever a list of batches may.
+
+    Attributes:
+        batches: those of this rank, in order; batch 0 is the first of the first rank's.
+        sizes: samples of every batch, all ranks' together.
+        ranks: the processes that share.
+    """
+
+    batches: Sequence[Any]
+    sizes: list[int]
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def __post_init__(self) -> None:
+        check_batches(self.sizes)
+        if len(self.sizes) < self.ranks.world:
+            raise DataError(
+                f"{len(self.sizes)} calibration batches for {self.ranks.world} processes: each needs "
+                "one at least; use a smaller --batch-size, more --calib-samples or fewer processes"
+            )
+
+    @classmethod
+    def of(cls, batches: Any) -> Share:
+        """A share as it is; a list of batches as one that nobody else has a part of.
+
+        Raises `DataError` for a generator, or no batch.
+        """
+        if isinstance(batches, Share):
+            return batches
+        listed = check_batches(batches)
+        return cls(listed, [batch_size(b) for b in listed])
+
+    def map(self, change: Callable[[Any], Any]) -> Share:
+        """The same share with other tensors in each batch."""
+        return Share([change(batch) for batch in self.batches], self.sizes, self.ranks)
+
+    @property
+    def numbers(self) -> range:
+        """The number of each of this rank's batches among all of them."""
+        return self.ranks.numbers(len(self.sizes))
+
+    @property
+    def samples(self) -> int:
+        """Samples of all batches."""
+        return sum(self.sizes)
+
+    def of_mine(self, every: Iterable[Any]) -> list[Any]:
+        """Of one thing for each batch, those for this rank's."""
+        listed = list(every)
+        return [listed[number] for number in self.numbers]
+
+    def in_order(self, messages: Callable[[int], Iterable[Message]]) -> Iterator[Message]:
+        """On the first rank, what `messages(k)` yields for the k-th batch of each rank, in the order of
+        all batches; nothing on the others, which must exhaust the iterator too.
+        """
+        return self.ranks.in_order(messages(k) for k in range(len(self.batches)))

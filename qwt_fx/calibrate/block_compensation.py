@@ -1,0 +1,267 @@
+"""Repairs each quantized block's error by closed-form regression, where both graphs have been brought.
+
+    y = l_q(x) + f(...),   f = least squares of target - l_q(x) over the calibration tokens
+
+f is a linear of the block's input as published (QwT, arXiv 2411.13918, eq. 4 and 5), or one of the
+cheaper kinds of `qwt_fx.calibrate.compensators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.precision import wide
+from qwt_fx.calibrate.compensation_sites import NoSite
+from qwt_fx.calibrate.compensators import Compensator, Site, compensator
+from qwt_fx.checkpoint.journal import Journal
+from qwt_fx.config.compensation_kind import parse_compensation
+from qwt_fx.errors import ConfigError, DataError
+from qwt_fx.graph.graph import Block, find_node, graph_info
+from qwt_fx.graph.pass_base import Change, Skip
+from qwt_fx.graph.runner import BlockRunner, Subgraph, start
+from qwt_fx.graph.sample_ids import sample_ids
+from qwt_fx.numerics.channel_affine import AffineFit
+from qwt_fx.numerics.hold_out import held_out_samples
+from qwt_fx.numerics.regression import Fit
+from qwt_fx.text.token_ids import TokenMask
+
+TARGETS = ("local", "fp")
+
+
+@dataclass(frozen=True)
+class CompensationSettings:
+    """What is fitted to what, and what judges it.
+
+    Attributes:
+        kind: "qwt", "affine", "lowrank:R" (R at least 1; at most the width is used) or "int8".
+        target: what a block's output should be: "local", the floating-point block on the quantized
+            path's input, as published; "fp", the floating-point path's own output, so that errors
+            from before the block are repaired, too.
+        hold_out: share of the samples, in [0, 0.5), that chooses the ridge and decides whether a
+            block is compensated: only with a positive R^2 there. 0 fits and judges on every
+            sample by minimum-norm least squares, as published.
+        token_masks: leave out text positions that provably cannot matter.
+        half: store weights in half precision (they are read back as float32); one that overflows
+            half precision stays in float32.
+
+    Raises `ConfigError` for values outside of these.
+    """
+
+    kind: str = "qwt"
+    target: str = "local"
+    hold_out: float = 0.2
+    token_masks: bool = True
+    half: bool = True
+
+    def __post_init__(self) -> None:
+        if parse_compensation(self.kind).name == "none":
+            raise ConfigError("compensation kind: got 'none': leave the pass out instead")
+        if self.target not in TARGETS:
+            raise ConfigError(
+                f"compensation target: got {self.target!r}, wanted one of {', '.join(TARGETS)}"
+            )
+        if not 0.0 <= self.hold_out < 0.5:
+            raise ConfigError(f"compensation hold_out: got {self.hold_out}, wanted [0, 0.5)")
+
+
+class BlockCompensation:
+    """Compensates block after block of a graph that a runner takes over the calibration batches.
+
+    Each block's input is held until the block is done; what else is needed is run when it is.
+
+    Args:
+        settings: what is fitted.
+        quantized: runs the quantized graph; its blocks up to the next one are calibrated.
+        floating: runs the floating-point graph, and is not beyond the next block's output.
+        share: the batches both run.
+        journal: keeps the fit of each block; the caller commits it.
+        proofs: which rows count, of each batch, for every block's input; empty: all of them.
+    """
+
+    def __init__(
+        self,
+        settings: CompensationSettings,
+        quantized: BlockRunner,
+        floating: BlockRunner,
+        share: Share,
+        journal: Journal,
+        proofs: Sequence[TokenMask],
+    ) -> None:
+        self.gm, self.reference = quantized.gm, floating.gm
+        self._settings = settings
+        self._quantized, self._floating = quantized, floating
+        self._share, self._journal, self._proofs = share, journal, proofs
+        self._kind = parse_compensation(settings.kind)
+        self._compensator: Compensator = compensator(self._kind, settings.half)
+        self._sizes = share.of_mine(share.sizes)
+        held_out = held_out_samples(share.samples, settings.hold_out)
+        self._judges = share.of_mine(torch.split(held_out, share.sizes))
+        self._done = 0
+        self._pin_inputs()
+
+    def up_to(self, node: Node | None) -> Iterator[Change | Skip]:
+        """Compensate the blocks whose output is `node` or computed before it; `None`: all that are left.
+
+        The quantized graph goes on to the output of each.
+        """
+        blocks = graph_info(self.gm).blocks  # moved in place
+        while self._done < len(blocks):
+            output = find_node(self.gm, blocks[self._done].output)
+            if node is not None and not self._precedes(output, node):
+                return
+            yield self._block(self._done)
+            self._done += 1
+            self._pin_inputs()
+
+    def _precedes(self, output: Node, node: Node) -> bool:
+        return next(n for n in self.gm.graph.nodes if n in (output, node)) is output
+
+    def _pin_inputs(self) -> None:
+        blocks = graph_info(self.gm).blocks[self._done :]
+        self._quantized.pinned = {find_node(self.gm, b.input) for b in blocks}
+
+    def _block(self, index: int) -> Change | Skip:
+        gm, info = self.gm, graph_info(self.gm)
+        block = info.blocks[index]
+        if info.compensations.get(block.name, {}).get("applied"):
+            return Skip(block.name, "compensated already")
+        source, result = find_node(gm, block.input), find_node(gm, block.output)
+        try:
+            site = self._compensator.site(gm, block.name, source, result)
+        except NoSite as error:
+            return Skip(block.name, str(error))
+        self._quantized.advance(result, keep=(site.regressor,))
+        self._hold_regressor(site)
+        first = self._quantized.envs[0]
+        x, y = site.regressor_value(first[site.regressor]), first[result]
+        if x.shape != y.shape:
+            reason = f"its input {tuple(x.shape)} and output {tuple(y.shape)} differ"
+            return Skip(block.name, reason)
+        rows = [self._rows(site, i) for i in range(len(self._sizes))]
+        if any(r is None for r in rows):
+            return Skip(block.name, "which sample each of its tokens belongs to is not known")
+        original = graph_info(self.reference).blocks[index]
+        fit = self._journal.once(
+            f"compensation of {block.name}", lambda: self._fit(site, original, rows)
+        )
+        judged = fit.r2 if fit.r2_held_out is None else fit.r2_held_out
+        record = info.compensations[block.name] = {
+            "kind": str(self._kind),
+            "target": self._settings.target,
+            "r2": fit.r2,
+            "r2_held_out": fit.r2_held_out,
+            "ridge": fit.ridge,
+            "applied": judged > 0.0,
+            "parameters": 0,
+            "macs": 0,
+        }
+        if not record["applied"]:
+            return Skip(block.name, f"R^2 {judged:.4g} is not positive")
+        inserted = self._compensator.insert(gm, site, fit)
+        record |= {"parameters": inserted.parameters, "macs": inserted.macs}
+        if inserted.output is result:  # folded away: the values at hand are from before
+            assert isinstance(fit, AffineFit)
+            for env in self._quantized.envs:
+                env[result] = env[result] + fit.correction(env[site.regressor])
+        else:
+            self._replace(result, inserted.output)
+        return Change(block.name, f"{self._kind}, R^2 {judged:.4g}")
+
+    def _replace(self, result: Node, output: Node) -> None:
+        """The block's output is another node from now on; its rows count as the former's do."""
+        info = graph_info(self.gm)
+        info.blocks[:] = [_moved(b, result.name, output.name) for b in info.blocks]
+        output.meta["replaces"] = result.meta.get("replaces", result.name)
+        for proof in self._proofs:
+            proof.follow(result.name, output.name)
+        self._quantized.advance(output)
+
+    def _hold_regressor(self, site: Site) -> None:
+        """What the error is regressed on, made of the block's input again where it was dropped."""
+        function = Subgraph(self.gm, site.source, site.regressor)
+        for env, batch in zip(self._quantized.envs, self._share.batches, strict=True):
+            if site.regressor not in env:
+                env[site.regressor] = function(start(self.gm, batch), env[site.source])
+
+    def _fit(self, site: Site, original: Block, rows: list[Any]) -> Any:
+        """Fit the error of a block; `original` is its record in the reference."""
+        envs = self._quantized.envs
+        width, outputs = envs[0][site.regressor].shape[-1], envs[0][site.result].shape[-1]
+        device = envs[0][site.result].device
+        both = [self._compensator.empty(width, outputs, device) for _ in range(2)]
+        targets = self._targets(site, original)
+
+        def parts(index: int) -> Iterator[tuple[int, list[Tensor]]]:
+            env, target = envs[index], next(targets)
+            x = site.regressor_value(env[site.regressor]).reshape(-1, width)
+            error = (wide(target) - wide(env[site.result])).reshape(-1, outputs)
+            if not bool(torch.isfinite(x).all() and torch.isfinite(error).all()):
+                raise DataError(
+                    f"{site.name}: NaN or infinite values in this block's input or output; check the "
+                    "weights and the calibration inputs"
+                )
+            for which, chosen in enumerate(rows[index]):  # those that fit, those that judge
+                if bool(chosen.any()):
+                    yield which, both[which].part(x[chosen], error[chosen])
+
+        for which, part in self._share.in_order(parts):
+            both[which].merge(part)
+        train, judge = both
+        held_out = judge if self._settings.hold_out > 0.0 else None
+        fitted = self._share.ranks.from_first(lambda: vars(self._compensator.fit(train, held_out)))
+        return (AffineFit if self._kind.name == "affine" else Fit)(**fitted)
+
+    def _targets(self, site: Site, original: Block) -> Iterator[Tensor]:
+        """What the block's output should be, batch by batch."""
+        end = find_node(self.reference, original.output)
+        if self._settings.target == "fp":
+            self._floating.advance(end)
+            yield from (env[end] for env in self._floating.envs)
+            return
+        function = Subgraph(self.reference, find_node(self.reference, original.input), end)
+        for env, batch in zip(self._quantized.envs, self._share.batches, strict=True):
+            yield function(start(self.reference, batch), env[site.source])
+
+    def _rows(self, site: Site, index: int) -> tuple[Tensor, Tensor] | None:
+        """Which rows of a batch fit and which judge, bool (rows,) each; `None` if it is not known."""
+        y = self._quantized.envs[index][site.result]
+        keep = torch.ones(y.shape[:-1].numel(), dtype=torch.bool, device=y.device)
+        if self._proofs:
+            constant = graph_info(self.gm).constant_token is not None
+            masked = self._settings.token_masks
+            mask = self._proofs[index].counting(
+                site.source.name, behind_end=masked, first=not constant
+            )
+            keep = keep if mask is None else keep & mask.reshape(-1)
+        if self._settings.hold_out == 0.0:
+            return keep, torch.zeros_like(keep)
+        samples = sample_ids(site.result, y.shape, self._sizes[index])
+        if samples is None:
+            return None
+        judged = self._judges[index][samples].to(y.device)
+        return keep & ~judged, keep & judged
+
+
+def why_no_block(gm: GraphModule, share: Share, settings: CompensationSettings) -> str | None:
+    """Why no block of a graph can be compensated; `None` where some may be."""
+    if not graph_info(gm).blocks:
+        return "no transformer block was found"
+    if settings.hold_out > 0.0 and share.samples < 2:
+        return "one calibration sample: none can be held out"
+    return None
+
+
+def _moved(block: Block, old: str, new: str) -> Block:
+    """The block record after its boundary value `old` became `new`."""
+    return Block(
+        block.name,
+        new if block.input == old else block.input,
+        new if block.output == old else block.output,
+    )

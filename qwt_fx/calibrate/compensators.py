@@ -1,0 +1,231 @@
+"""The kinds of compensation: what each regresses on, how it is fitted, what it adds to the graph.
+
+qwt      y + x W + b           x the block's input, W in half precision (arXiv 2411.13918)
+lowrank  y + (x A) B + b       the same with W of rank R
+int8     y + x~ W + b          x~ the quantized input of the block's first linears, W 8-bit
+affine   y + (a - 1) m + c     m the block's last linear, into which a and c are folded
+                               (QwT-v2, arXiv 2505.20932)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx.calibrate.compensation_sites import Step, integer_input, last_linear
+from qwt_fx.config.compensation_kind import CompensationKind
+from qwt_fx.graph.graph import LINEAR, add_module, add_tensor, ancestors
+from qwt_fx.numerics.channel_affine import AffineFit, ChannelMoments, fit_affine
+from qwt_fx.numerics.qparams import QuantSpec
+from qwt_fx.numerics.regression import Fit, Moments, fit_held_out, fit_original
+from qwt_fx.numerics.stored_weight import (
+    INT8_ZERO_POINT,
+    Dense,
+    Int8,
+    LowRank,
+    Storage,
+    fits_half,
+    int8_scale,
+)
+from qwt_fx.quant.fake_quant import FakeQuant, Mode
+from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.rescale import set_layer, weight_and_bias
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block, the value its error is regressed on, and the steps to the output's layout."""
+
+    name: str
+    source: Node
+    result: Node
+    regressor: Node
+    steps: tuple[Step, ...] = ()
+
+    def regressor_value(self, value: Tensor) -> Tensor:
+        """The regressor with its tokens in the order of the block's output."""
+        for operator, args in self.steps:
+            value = operator(value, *args)
+        return value
+
+    def add(self, gm: GraphModule, *values: Node) -> Node:
+        """The block's output plus some values, in its place; at the graph's insertion point."""
+        readers = list(self.result.users)
+        output = self.result
+        for value in values:
+            output = gm.graph.call_function(aten.add.Tensor, (output, value))
+            output.meta.update(_described(self.result))
+        for reader in readers:
+            reader.replace_input_with(self.result, output)
+        return output
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """The block's new output, and what the compensation costs: numbers stored, MACs per token."""
+
+    output: Node
+    parameters: int
+    macs: int
+
+
+class Compensator(ABC):
+    """One kind of compensation."""
+
+    @abstractmethod
+    def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
+        """Where it attaches to a block. Raises `NoSite` where it cannot."""
+
+    def empty(self, inputs: int, outputs: int, device: torch.device) -> Any:
+        """Sums over no tokens of the regressor and the error."""
+        return Moments.empty(inputs, outputs, device)
+
+    @abstractmethod
+    def fit(self, train: Any, held_out: Any | None) -> Any:
+        """A fit judged on held-out sums, or, as published, on the ones that make it."""
+
+    @abstractmethod
+    def insert(self, gm: GraphModule, site: Site, fit: Any) -> Inserted:
+        """Put the fitted compensation into the graph."""
+
+
+@dataclass(frozen=True)
+class InputLinear(Compensator):
+    """A linear of the block's input, dense or of low rank; `half`: stored in half precision."""
+
+    storage: Storage
+    half: bool
+
+    def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
+        """See `Compensator`."""
+        return Site(name, source, result, source)
+
+    def fit(self, train: Moments, held_out: Moments | None) -> Fit:
+        """See `Compensator`."""
+        return _fit(train, held_out, self.storage)
+
+    def insert(self, gm: GraphModule, site: Site, fit: Fit) -> Inserted:
+        """See `Compensator`."""
+        suffixes = ("",) if len(fit.factors) == 1 else (".down", ".up")
+        dtype, value = _dtype(site.result), site.source
+        base = f"{site.name}.compensation"
+        with gm.graph.inserting_before(site.result.next):
+            for suffix, factor in zip(suffixes, fit.factors, strict=True):
+                half = self.half and fits_half(factor)
+                stored = factor.half() if half else factor.to(dtype)
+                matrix = add_tensor(gm, f"{base}{suffix}_weight", stored.contiguous())
+                if stored.dtype is not dtype:
+                    matrix = gm.graph.call_function(aten.to.dtype, (matrix, dtype))
+                value = gm.graph.call_function(aten.matmul.default, (value, matrix))
+                value.meta["layer"] = f"{base}{suffix}"
+            value.meta.update(_described(site.result))
+            bias = add_tensor(gm, f"{base}_bias", fit.bias.to(dtype))
+            output = site.add(gm, value, bias)
+        macs = sum(factor.numel() for factor in fit.factors)
+        return Inserted(output, macs + fit.bias.numel(), macs)
+
+
+@dataclass(frozen=True)
+class IntegerLinear(Compensator):
+    """An 8-bit linear of the first quantized activation in the block.
+
+    That activation is an integer already, so these are more output rows of a product that the
+    block computes anyway.
+    """
+
+    def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
+        """See `Compensator`."""
+        value, steps = integer_input(source, ancestors(result), gm)
+        return Site(name, source, result, value, tuple(steps))
+
+    def fit(self, train: Moments, held_out: Moments | None) -> Fit:
+        """See `Compensator`."""
+        return _fit(train, held_out, Int8())
+
+    def insert(self, gm: GraphModule, site: Site, fit: Fit) -> Inserted:
+        """See `Compensator`."""
+        dtype = _dtype(site.result)
+        scale = int8_scale(fit.weight)
+        base = f"{site.name}.compensation"
+        quantizer = FakeQuant(QuantSpec(8, ch_axis=0), f"{base}.weight")
+        quantizer.set_qparams(scale, torch.full_like(scale, INT8_ZERO_POINT))
+        quantizer.mode = Mode.ON
+        with gm.graph.inserting_before(site.result.next):
+            weight = add_tensor(gm, f"{base}_weight", fit.weight.T.to(dtype).contiguous())
+            path = add_module(gm, "fake_quant_0", quantizer)
+            rounded = gm.graph.call_module(path, (weight,))
+            bias = add_tensor(gm, f"{base}_bias", fit.bias.to(dtype))
+            value = gm.graph.call_function(LINEAR, (site.regressor, rounded, bias))
+            value.meta["layer"] = base
+            for operator, args in site.steps:
+                value = gm.graph.call_function(operator, (value, *args))
+            output = site.add(gm, value)
+        macs = fit.weight.numel()
+        return Inserted(output, macs + fit.bias.numel(), macs)
+
+
+@dataclass(frozen=True)
+class FoldedAffine(Compensator):
+    """A scale and a shift of each channel of the block's last linear, folded into it.
+
+    The scale goes into that of the linear's weight quantizer, whose codes stay, or into a weight in
+    floating point; the shift goes into the bias. Nothing is added.
+    """
+
+    def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
+        """See `Compensator`."""
+        return Site(name, source, result, last_linear(gm, result))
+
+    def empty(self, inputs: int, outputs: int, device: torch.device) -> ChannelMoments:
+        """See `Compensator`."""
+        return ChannelMoments.empty(outputs, device)
+
+    def fit(self, train: ChannelMoments, held_out: ChannelMoments | None) -> AffineFit:
+        """See `Compensator`."""
+        return fit_affine(train, held_out)
+
+    def insert(self, gm: GraphModule, site: Site, fit: AffineFit) -> Inserted:
+        """See `Compensator`."""
+        weight, bias = weight_and_bias(gm, site.regressor)
+        qparams, node = None, site.regressor.args[1]
+        if isinstance(node, Node) and is_fake_quant(gm, node):
+            module = fake_quant_of(gm, node)
+            assert module.scale is not None and module.zero_point is not None  # affine, calibrated
+            # From the codes' own values: a weight halfway between two codes might change sides.
+            weight = module.fake_quantize(weight)
+            qparams = ((module.scale.double() * fit.scale).float(), module.zero_point)
+        shift = fit.shift if bias is None else bias.double() * fit.scale + fit.shift
+        set_layer(gm, site.regressor, weight.double() * fit.scale[:, None], shift, qparams)
+        return Inserted(site.result, 0 if bias is not None else shift.numel(), 0)
+
+
+def compensator(kind: CompensationKind, half: bool) -> Compensator:
+    """The compensation of a kind other than "none"; `half`: floats in half precision."""
+    if kind.name == "affine":
+        return FoldedAffine()
+    if kind.name == "int8":
+        return IntegerLinear()
+    storage: Storage = Dense(half) if kind.rank is None else LowRank(kind.rank, half)
+    return InputLinear(storage, half)
+
+
+def _fit(train: Moments, held_out: Moments | None, storage: Storage) -> Fit:
+    if held_out is None:
+        return fit_original(train, storage)
+    return fit_held_out(train, held_out, storage)
+
+
+def _dtype(node: Node) -> torch.dtype:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else torch.float32
+
+
+def _described(node: Node) -> dict[str, Any]:
+    return {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}

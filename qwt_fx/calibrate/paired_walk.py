@@ -1,0 +1,229 @@
+"""A floating-point graph and a quantized one, advanced in step over the calibration batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.precision import wide
+from qwt_fx.batches.value_store import ValueStore
+from qwt_fx.calibrate.block_compensation import BlockCompensation, CompensationSettings
+from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
+from qwt_fx.config.layer_settings import LayerRemedies
+from qwt_fx.graph.graph import LINEAR, find_node, graph_info, is_call
+from qwt_fx.graph.pass_base import Change, Skip
+from qwt_fx.graph.runner import BlockRunner, EachBatch
+from qwt_fx.graph.sample_ids import sample_ids
+from qwt_fx.numerics.hold_out import held_out_samples
+from qwt_fx.numerics.rescale_search import Rescale
+from qwt_fx.numerics.second_moments import CHUNK
+from qwt_fx.quant.layer_groups import LayerGroup, residual_of, rows_of
+from qwt_fx.quant.norms import is_fake_quant
+from qwt_fx.text.token_map import token_masks
+
+aten = torch.ops.aten
+
+
+class Lockstep:
+    """Both graphs at the point reached, and which rows of which batch are used for what.
+
+    A batch's index counts the batches of this rank; `share` knows all of them.
+
+    Between two groups the quantized graph holds, for every batch, the values that later nodes still
+    read: at most a block's widest value and its residual. The floating-point graph is one step ahead: it
+    holds the outputs that the group's layers aim at. Nothing is stored beyond that. `store` keeps the
+    values; the two graphs share its budget.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        reference: GraphModule,
+        batches: Any,
+        groups: list[LayerGroup],
+        remedies: LayerRemedies,
+        journal: Journal = NO_JOURNAL,
+        store: ValueStore | None = None,
+        compensation: CompensationSettings | None = None,
+    ) -> None:
+        self.gm = gm
+        self.reference = reference
+        self.remedies = remedies
+        self.journal = journal
+        self.share = Share.of(batches)
+        mine, sizes = self.share.batches, self.share.sizes
+        store = store or ValueStore()
+        self._quantized = BlockRunner(gm, mine, store)
+        self._floating = BlockRunner(reference, mine, store)
+        judges = torch.split(held_out_samples(self.share.samples, remedies.hold_out), sizes)
+        self._judges = self.share.of_mine(judges)
+        boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
+        self._tokens = token_masks(gm, mine, [*(g.source for g in groups), *boundary])
+        self._position = {node: at for at, node in enumerate(reference.graph.nodes)}
+        layers = [layer for g in groups for layer in g.layers]
+        self._outputs = {layer: self._output_of(layer) for layer in layers}
+        self._sums = self._sums_of(groups)
+        self._targets = {g: self._targets_of(g) for g in groups if remedies.fp_target}
+        self._blocks: BlockCompensation | None = None
+        if compensation is not None:
+            self._blocks = BlockCompensation(
+                compensation, self._quantized, self._floating, self.share, journal, self._tokens
+            )
+
+    def release(self) -> None:
+        """Drop everything that is held: the walk is over."""
+        self._quantized.release()
+        self._floating.release()
+
+    def advance(self, group: LayerGroup) -> None:
+        """Run the quantized graph up to the value a group reads, the other up to what it aims at."""
+        ours = self._targets.pop(group, set())
+        if ours:  # first: the widest value there is let go before the one here is made
+            self._floating.pinned = ours.union(*self._targets.values())
+            self._floating.advance(max(ours, key=self._position.__getitem__))
+        self._quantized.advance(group.source)
+
+    def compensate(self, group: LayerGroup | None) -> Iterator[Change | Skip]:
+        """Compensate the blocks that end before the value a group reads; `None`: all that are left."""
+        if self._blocks is not None:
+            self._floating.pinned = set().union(*self._targets.values())
+            yield from self._blocks.up_to(None if group is None else group.source)
+
+    def _targets_of(self, group: LayerGroup) -> set[Node]:
+        """The floating-point nodes whose values a group's layers are fitted with."""
+        found = set()
+        for layer in group.layers:
+            if layer in self._sums:
+                found.add(self._sums[layer])
+                continue
+            residual = residual_of(layer)
+            found |= {self._outputs[layer] or self.twin(group.source)}
+            found |= set() if residual is None else {self.twin(residual)}
+        return found
+
+    def _sums_of(self, groups: list[LayerGroup]) -> dict[Node, Node]:
+        """The floating-point sum of each layer's output and a residual that is known before it.
+
+        It says what both say, in half the memory.
+        """
+        found = {}
+        order = {node: at for at, node in enumerate(self.gm.graph.nodes)}
+        for group in groups:
+            for layer in group.layers:
+                output, residual = self._outputs[layer], residual_of(layer)
+                if output is None or residual is None or order[residual] > order[group.source]:
+                    continue
+                if residual_of(output) is self.twin(residual):
+                    (found[layer],) = output.users
+        return found
+
+    def _output_of(self, layer: Node) -> Node | None:
+        """The floating-point layer, if the rows of its output are those of the value it reads."""
+        twin = self.twin(layer)
+        if not is_call(twin, {LINEAR}):
+            return None
+        source = layer.args[0]
+        if isinstance(source, Node) and is_fake_quant(self.gm, source):
+            source = source.args[0]
+        return twin if isinstance(source, Node) and twin.args[0] is self.twin(source) else None
+
+    def twin(self, node: Node) -> Node:
+        """The floating-point graph's node of the same name, or of the name of what it replaced."""
+        return find_node(self.reference, str(node.meta.get("replaces", node.name)))
+
+    def values(self, node: Node) -> Sequence[Tensor]:
+        """The quantized path's value of each of this rank's batches, (samples, ...)."""
+        return EachBatch(self._quantized.envs, node)
+
+    def floating(self, node: Node, index: int) -> Tensor:
+        """The floating-point path's value of one batch."""
+        value: Tensor = self._floating.envs[index][self.twin(node)]
+        return value
+
+    def floating_output(self, layer: Node, index: int) -> Tensor | None:
+        """The floating-point layer's output of one batch; `None` where it is not held."""
+        twin = self._outputs[layer]
+        return None if twin is None else self._floating.envs[index].get(twin)
+
+    def missing_in_sum(self, layer: Node, index: int) -> Tensor | None:
+        """What the layer should add to the quantized residual stream; `None` where that is not held."""
+        if layer not in self._sums:
+            return None
+        residual = residual_of(layer)  # of the graph as it is now: compensation changes it
+        assert residual is not None
+        total: Tensor = self._floating.envs[index][self._sums[layer]]
+        ours: Tensor = self._quantized.envs[index][residual]
+        return wide(total) - wide(ours)
+
+    def gap(self, node: Node, index: int) -> Tensor | None:
+        """Floating-point value minus quantized value of one batch; `None` before they are known."""
+        ours = self._quantized.envs[index].get(node)
+        theirs = self._floating.envs[index].get(self.twin(node))
+        return None if ours is None or theirs is None else wide(theirs) - wide(ours)
+
+    def transform(self, origin: Node, rescale: Rescale) -> None:
+        """Bring the quantized path's values made of `origin` up to date: x / scale - shift."""
+        known = self._quantized.envs[0]
+        pending, moved = [origin], {origin}
+        while pending:
+            for user in pending.pop().users:
+                if user in known and user not in moved:
+                    moved.add(user)
+                    pending.append(user)
+        for env in self._quantized.envs:
+            for node in moved & set(env):
+                scale, shift = (v.to(env[node].dtype) for v in (rescale.scale, rescale.shift))
+                env[node] = env[node] / scale - shift
+
+    def follow(self, source: Node, new: Node) -> None:
+        """Run up to a node inserted behind `source`; its rows count as those of `source` do."""
+        for proof in self._tokens:
+            proof.follow(source.name, new.name)
+        self._quantized.advance(new)
+
+    def mask(self, source: Node, index: int, *, behind_end: bool) -> Tensor | None:
+        """Which rows of a batch count, (rows,) bool; `None` for all of them.
+
+        behind_end: leave out positions behind the end of a text where they provably cannot matter.
+        """
+        first = not self.first_is_constant
+        return self._tokens[index].counting(source.name, behind_end=behind_end, first=first)
+
+    @property
+    def first_is_constant(self) -> bool:
+        """Whether position 0 reaches other positions through constants alone."""
+        return graph_info(self.gm).constant_token is not None
+
+    def rows(self, source: Node, layer: Node, index: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of a batch's rows that are summed for a layer, and which of them judge.
+
+        weight: the layer's, (o, ...). A layer with more inputs than outputs is summed over a fixed
+        random part of the rows.
+        """
+        number = self.share.numbers[index]
+        batch = self.share.sizes[number]
+        x = self._quantized.envs[index][source]
+        samples = None
+        if layer.target is aten.linear.default:
+            count = x.numel() // x.shape[-1]
+            samples = sample_ids(source, x.shape, batch)
+        else:
+            count = rows_of(layer, weight, x).shape[0]
+        if samples is None:
+            samples = torch.arange(count) * batch // count
+        keep = torch.arange(count)
+        mask = self.mask(source, index, behind_end=self.remedies.mask_sums)
+        if mask is not None and len(mask) == count:
+            keep = keep[mask.cpu()]
+        inputs, outputs = weight.flatten(1).shape[1], len(weight)
+        tokens = max(self.remedies.tokens_per_input * inputs, CHUNK)  # a narrow layer's cost little
+        share = -(-tokens // len(self.share.sizes))
+        if inputs > outputs and share < len(keep):
+            generator = torch.Generator().manual_seed(number)
+            keep = keep[torch.randperm(len(keep), generator=generator)[:share].sort().values]
+        return keep.to(x.device), self._judges[index][samples[keep]].to(x.device)

@@ -1,0 +1,298 @@
+"""Captures a model into a canonical ATen graph with a dynamic batch dimension.
+
+A graph that `torch.export` made already is taken as it is, if its batch dimension is dynamic.
+
+A text tower of which it is proved that nothing behind the end of a text matters gets a dynamic
+length as well (`qwt_fx.text.end_of_text`). `torch.export` does the capture; `qwt_fx.capture.canonicalize`
+then removes what it adds for its own checks and what computes nothing, and leaves no literal device
+in the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule
+
+from qwt_fx.capture.blocks import find_blocks, module_path
+from qwt_fx.capture.canonicalize import canonicalize
+from qwt_fx.errors import CaptureError
+from qwt_fx.graph.graph import (
+    SDPA,
+    GraphInfo,
+    argument,
+    compute_nodes,
+    graph_info,
+    has_graph_info,
+    set_graph_info,
+    strip_weight,
+)
+from qwt_fx.text.end_of_text import find_end_of_text
+from qwt_fx.text.text_length import record_full_length, text_ids
+from qwt_fx.text.token_ids import NotProved
+
+_MAX_BATCH = 1 << 20
+
+
+def _batch_size(tensors: Mapping[str, Any]) -> int:
+    sizes = {
+        name: int(value.shape[0])
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and value.dim() > 0
+    }
+    if not sizes:
+        raise CaptureError("example_inputs: no tensor with a batch dimension was given")
+    if len(set(sizes.values())) > 1:
+        raise CaptureError(f"example_inputs: batch sizes differ: {sizes}; give all the same")
+    return next(iter(sizes.values()))
+
+
+def _with_two_samples(value: Any, batch: int) -> Any:
+    """Export treats sizes 0 and 1 as constants, so a single sample is repeated."""
+    if isinstance(value, Tensor) and value.dim() > 0 and batch == 1:
+        return value.repeat(2, *([1] * (value.dim() - 1)))
+    return value
+
+
+@contextmanager
+def _export_conditions(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no fused attention kernel that would hide the block's structure."""
+    modes = [(module, module.training) for module in model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, training in modes:
+            module.training = training
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    strict: bool,
+    length: Any = None,
+) -> ExportedProgram:
+    batch = Dim("batch", min=1, max=_MAX_BATCH)
+    values = dict(zip(names, (*args, *kwargs.values()), strict=True))
+    sizes = {0: batch} if length is None else {0: batch, 1: length}
+    dynamic = {
+        name: sizes if isinstance(value, Tensor) and value.dim() > 0 else None
+        for name, value in values.items()
+    }
+    try:
+        return export(model, args, kwargs, dynamic_shapes=dynamic, strict=strict)
+    except Exception as error:  # torch.export raises many kinds; each means "cannot capture"
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__} with a dynamic batch "
+            f"dimension{'' if length is None else ' and length'}: {type(error).__name__}: {first[0]}"
+        ) from error
+
+
+def _argument_names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"{type(model).__name__}.forward: example_inputs: {error}") from error
+    kinds = {p.kind for p in bound.signature.parameters.values() if p.name in bound.arguments}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        extra = [n for n in kwargs if n not in bound.signature.parameters]
+        if extra or inspect.Parameter.VAR_POSITIONAL in kinds:
+            raise CaptureError(
+                f"{type(model).__name__}.forward takes *args or **kwargs for {extra or 'its inputs'}: "
+                "wrap it in a module with named inputs"
+            )
+    return list(bound.arguments)
+
+
+def _name_layers(gm: GraphModule) -> None:
+    """Name every multiplying node by its parameter, or by the module that made it."""
+    used: dict[str, int] = {}
+    for node in compute_nodes(gm):
+        weight = argument(node, 1, "weight")
+        if getattr(weight, "op", None) == "get_attr":
+            name = strip_weight(str(weight.target))
+        elif node.target is SDPA:
+            name = module_path(node) or node.name
+        else:
+            name = f"{module_path(node)}.{node.name}".lstrip(".")
+        count = used.get(name, 0)
+        used[name] = count + 1
+        # A module that is called twice gives two layers of one name.
+        node.meta["layer"] = name if count == 0 else f"{name}@{count}"
+
+
+def _is_exported(model: object) -> bool:
+    """Whether this is a program of `torch.export`, or the module of one."""
+    if isinstance(model, ExportedProgram):
+        return True
+    return isinstance(model, GraphModule) and all(
+        "val" in node.meta for node in model.graph.nodes if node.op == "placeholder"
+    )
+
+
+def adopt(exported: ExportedProgram | GraphModule) -> GraphModule:
+    """A graph made by `torch.export` as a captured graph; the graph given is not changed.
+
+    Raises `CaptureError` for a graph that `torch.export` did not make, one of a fixed batch size, or one
+    that writes to its inputs' memory.
+    """
+    if not _is_exported(exported):
+        raise CaptureError(
+            f"got a {type(exported).__name__} that torch.export did not make (its inputs have no "
+            "recorded values); call qwt_fx.capture(model, example_inputs) on the model itself"
+        )
+    _require_dynamic_batch(exported)
+    if isinstance(exported, ExportedProgram):
+        gm = _captured(exported)
+    else:
+        if written := [node.name for node in exported.graph.nodes if _mutates(node)]:
+            raise CaptureError(
+                f"{written[0]} writes to its input: give the ExportedProgram instead of its module()"
+            )
+        gm = _canonical(copy.deepcopy(exported))
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    if text_ids(tuple(node.meta["val"] for node in inputs)) is not None:
+        graph_info(gm).fixed_length = "the graph was exported before qwt-fx saw the model"
+    return gm
+
+
+def _require_dynamic_batch(exported: ExportedProgram | GraphModule) -> None:
+    given = exported.graph.nodes
+    if isinstance(exported, ExportedProgram):  # its parameters are placeholders, too
+        names = set(exported.graph_signature.user_inputs)
+        given = [node for node in given if node.name in names]
+    for node in given:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        if isinstance(value.shape[0], int):
+            raise CaptureError(
+                f"input {node.name!r} was exported for a batch of {value.shape[0]} alone; export it "
+                "with dynamic_shapes={'"
+                + node.name
+                + "': {0: torch.export.Dim('batch')}}, or call "
+                "qwt_fx.capture(model, example_inputs) on the model itself"
+            )
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: tuple[Any, ...] | Tensor,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    strict: bool = False,
+) -> GraphModule:
+    """Capture a model as a graph of ATen ops whose batch dimension is dynamic.
+
+    Args:
+        model: any module `torch.export` can trace; it is captured in evaluation mode. Or what
+            `torch.export.export` returned, or its `module()`, with a dynamic batch dimension.
+        example_inputs: a tuple of tensors (or one tensor) whose first dimension is the batch; any
+            batch size, 1 included.
+        kwargs: keyword inputs of `forward`.
+        strict: capture with TorchDynamo instead of tracing.
+
+    Returns:
+        A `GraphModule` called like the model and returning its output structure, with the
+        transformer blocks recorded. A graph captured before is returned as it is. A model of one
+        tensor of token ids (n, context) accepts shorter ids as well where `GraphInfo.end_of_text`
+        is set; otherwise `GraphInfo.fixed_length` says why not.
+
+    Raises:
+        CaptureError: the model cannot be exported with a dynamic batch; the message names the node
+            or the first reason of torch.export.
+    """
+    if isinstance(model, GraphModule) and has_graph_info(model):
+        return model
+    if isinstance(model, ExportedProgram) or (
+        isinstance(model, GraphModule) and _is_exported(model)
+    ):
+        return adopt(model)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, tuple):
+        raise CaptureError(
+            f"example_inputs: got {type(example_inputs).__name__}, wanted a tuple of tensors"
+        )
+    named = dict(kwargs or {})
+    names = _argument_names(model, example_inputs, named)
+    batch = _batch_size(dict(zip(names, (*example_inputs, *named.values()), strict=True)))
+    args = tuple(_with_two_samples(value, batch) for value in example_inputs)
+    named = {name: _with_two_samples(value, batch) for name, value in named.items()}
+    with _export_conditions(model):
+        ids = text_ids((*args, *named.values()))
+        if ids is None:
+            return _captured(_export(model, args, named, names, strict))
+        try:
+            return _of_any_length(model, args, named, names, strict)
+        except (CaptureError, NotProved) as failure:
+            gm = _captured(_export(model, args, named, names, strict))
+            graph_info(gm).fixed_length = str(failure)
+            return gm
+
+
+def _captured(program: ExportedProgram, full: Tensor | None = None) -> GraphModule:
+    """The canonical graph; `full`, ids of full length, where the length is dynamic."""
+    if any(_mutates(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # functionalizes in-place ops, nothing else
+    gm = program.module()
+    if not isinstance(gm, GraphModule):
+        raise CaptureError(f"torch.export returned {type(gm).__name__}, wanted a GraphModule")
+    return _canonical(gm, full)
+
+
+def _canonical(gm: GraphModule, full: Tensor | None = None) -> GraphModule:
+    canonicalize(gm)
+    if full is not None:
+        record_full_length(gm, full)
+    _name_layers(gm)
+    set_graph_info(gm, GraphInfo(blocks=find_blocks(gm)))
+    return gm
+
+
+def _of_any_length(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    strict: bool,
+) -> GraphModule:
+    """Capture with a dynamic length. Raises where it fails, or where nothing proves its use."""
+
+    def example(ids: Tensor) -> Tensor:
+        return ids[:, :-1].contiguous()
+
+    (full,) = args or kwargs.values()
+    shorter = tuple(example(a) for a in args), {k: example(v) for k, v in kwargs.items()}
+    # One below the context: export refuses a range that holds a size it took for another case,
+    # and a cut of a whole table is one. Its guards are not kept, and full length is tried out.
+    length = Dim("length", min=1, max=full.shape[1] - 1)
+    gm = _captured(_export(model, *shorter, names, strict, length), full)
+    keywords = tuple(kwargs)
+    end = find_end_of_text(
+        gm, lambda ids: model(**{keywords[0]: ids}) if keywords else model(ids), full
+    )
+    info = graph_info(gm)
+    info.end_of_text, info.context_length = end.name, int(full.shape[1])
+    return gm
+
+
+def _mutates(node: Any) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)

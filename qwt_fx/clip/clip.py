@@ -1,0 +1,285 @@
+"""open_clip models and qwt-fx artifacts as two towers, a transform and a tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from qwt_fx.artifact.artifact import Artifact, read_artifact
+from qwt_fx.clip.clip_encoder import ClipEncoder
+from qwt_fx.clip.model_source import ModelSource, find_source, first_line
+from qwt_fx.clip.towers import ImageTower, TextTower
+from qwt_fx.clip.weights import load_weights, read_checkpoint
+from qwt_fx.errors import ArtifactError, ConfigError, MissingExtraError, ModelError
+
+_log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Transform = Callable[[Any], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+@dataclass
+class ClipModel:
+    """A CLIP as qwt-fx uses it: from open_clip, or from an artifact.
+
+    Attributes:
+        name: the model's name, as reports call it.
+        pretrained: the tag or file of the weights; None for random ones.
+        image: images (n, 3, h, w) float32 -> embeddings (n, e), not normalized.
+        text: token ids (n, context) int64 -> embeddings (n, e), not normalized.
+        logit_scale: the factor of cosine similarities (100 for OpenAI's models).
+        model_config: open_clip's model configuration.
+        preprocess: open_clip's preprocessing configuration.
+        tokenizer_config: see `qwt_fx.clip.model_source.ModelSource`.
+        device: where the towers are.
+    """
+
+    name: str
+    pretrained: str | None
+    image: nn.Module
+    text: nn.Module
+    logit_scale: float
+    model_config: dict[str, Any]
+    preprocess: dict[str, Any]
+    tokenizer_config: dict[str, Any]
+    device: str = "cpu"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the image tower's input."""
+        size = self.preprocess["size"]
+        return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text, padding included."""
+        length: int = self.tokenizer_config["context_length"]
+        return length
+
+    @cached_property
+    def transform(self) -> Transform:
+        """Evaluation preprocessing: a PIL image to float32 (3, h, w)."""
+        transform: Transform = image_transform_v2(PreprocessCfg(**self.preprocess), is_train=False)
+        return transform
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """A list of n texts to token ids (n, context) int64.
+
+        Made on first use: some models' tokenizers come from the Hugging Face hub. Raises
+        `ModelError` when it cannot be had.
+        """
+        return _tokenizer(self.tokenizer_config)
+
+    def image_example(self, batch: int = 1) -> Tensor:
+        """Seeded noise (batch, 3, h, w) float32 on the model's device, for capture."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, 3, *self.image_size, generator=generator).to(self.device)
+
+    def text_example(self, batch: int = 1) -> Tensor:
+        """Token ids (batch, context) int64 on the model's device, for capture; no tokenizer needed.
+
+        Row i rises from 1 to its end of text, the largest id of the row as in CLIP's vocabulary,
+        and is padded with 0.
+        """
+        vocabulary = self.model_config["text_cfg"].get("vocab_size", 49408)
+        longest = min(self.context_length, vocabulary - 1)
+        lengths = torch.tensor([max(longest // 2, longest - i) for i in range(batch)])
+        ids = torch.arange(1, self.context_length + 1).repeat(batch, 1)
+        return ids.masked_fill(ids > lengths[:, None], 0).to(self.device)
+
+
+def load(
+    name: str | PathLike[str],
+    pretrained: str | PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    allow_random: bool = False,
+    allow_torchscript: bool = False,
+) -> ClipModel:
+    """Load a CLIP in evaluation mode.
+
+    Args:
+        name: an open_clip name (OpenAI's spelling `ViT-B/32` works), `hf-hub:ORG/REPO`,
+            `local-dir:DIR`, the path of an open_clip model configuration (`.json`), or an artifact
+            directory.
+        pretrained: an open_clip tag, or a checkpoint file: OpenAI's TorchScript archive, an
+            open_clip training checkpoint, a bare state dict, or safetensors. Weights of OpenAI
+            run with QuickGELU, whatever the configuration says.
+        device: where to put the towers.
+        precision: "fp32", "bf16" or "fp16": what the towers compute in. Inputs and outputs are
+            float32 all the same. An artifact keeps its own.
+        allow_random: accept random weights where `pretrained` is None.
+        allow_torchscript: run the code of a TorchScript archive that cannot be read otherwise.
+
+    Raises `ModelError` for a model or weights that are unknown, missing, damaged or do not match,
+    `ConfigError` for an unknown precision, `ArtifactError` for a damaged artifact.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    name, pretrained = fspath(name), None if pretrained is None else fspath(pretrained)
+    if (Path(name) / "artifact.json").is_file():
+        if pretrained is not None:
+            raise ModelError(f"artifact {name} holds its weights: leave {pretrained!r} out")
+        return from_artifact(read_artifact(Path(name)), device=device)
+    source = find_source(name, pretrained, allow_random)
+    model = _open_clip_model(source, allow_torchscript)
+    visual: Any = model.visual
+    size = getattr(visual, "image_size", None) or source.preprocess["size"]
+    scale: Any = model.logit_scale
+    model = model.to(device=device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
+    return ClipModel(
+        name=source.name,
+        pretrained=pretrained,
+        image=ImageTower(model),
+        text=TextTower(model),
+        logit_scale=math.exp(scale.item()),
+        model_config=source.config,
+        # The towers' own size rules: a configuration of the preprocessing may leave it out.
+        preprocess=source.preprocess | {"size": size},
+        tokenizer_config=source.tokenizer,
+        device=str(device),
+    )
+
+
+def load_clip_benchmark(
+    model_name: str | PathLike[str],
+    pretrained: str | PathLike[str] | None = None,
+    cache_dir: str | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[ClipEncoder, Transform, Tokenizer]:
+    """A model or an artifact as (model, transform, tokenizer), as CLIP_benchmark loads its own.
+
+    The arguments are those of its loading functions, so that one line adds this one to them:
+    `TYPE2FUNC["qwt-fx"] = qwt_fx.clip.load_clip_benchmark`. `model` has open_clip's `encode_image`,
+    `encode_text` and call. An empty `pretrained` is none: an artifact holds its weights.
+
+    Raises as `load`, and `ConfigError` for a `cache_dir`: set HF_HOME for that.
+    """
+    if cache_dir:
+        raise ConfigError(f"cache_dir: got {cache_dir!r}, wanted none; set HF_HOME instead")
+    model = load(model_name, pretrained or None, device=device)
+    encoder = ClipEncoder(model.image, model.text, model.logit_scale).to(device)
+    return encoder, model.transform, model.tokenizer
+
+
+def _open_clip_model(source: ModelSource, allow_torchscript: bool) -> nn.Module:
+    """The open_clip model of a source, float32 on the CPU; sets `quick_gelu` in its config."""
+    checkpoint = None
+    if source.weights is not None:
+        checkpoint = read_checkpoint(source.weights, allow_torchscript=allow_torchscript)
+    if source.quick_gelu or (checkpoint is not None and checkpoint.openai):
+        if not source.config.get("quick_gelu"):
+            _log.warning(
+                "%s: these weights were trained with QuickGELU; using it instead of GELU",
+                source.name,
+            )
+        source.config["quick_gelu"] = True
+    model = _build(source)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, source.name)
+    return model
+
+
+def _build(source: ModelSource) -> nn.Module:
+    """An open_clip model with random weights.
+
+    open_clip's own create_model would do, but it configures the root logger, and takes a
+    configuration by name only.
+    """
+    config = copy.deepcopy(source.config)
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    # Whole-model weights follow: neither tower's own pretrained ones are wanted.
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = False
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    kind = open_clip.CLIP
+    if config.pop("custom_text", False) or "hf_model_name" in text:
+        kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+    try:
+        model: nn.Module = kind(**config)
+    except Exception as error:  # whatever open_clip, timm or transformers make of a bad value
+        raise ModelError(
+            f"{source.name}: open_clip cannot build this configuration: {first_line(error)}"
+        ) from error
+    return model
+
+
+def _tokenizer(config: dict[str, Any]) -> Tokenizer:
+    tokenizer: Tokenizer
+    if config["source"] is None:
+        tokenizer = open_clip.SimpleTokenizer(
+            context_length=config["context_length"], **config["kwargs"]
+        )
+        return tokenizer
+    try:
+        tokenizer = open_clip.tokenizer.HFTokenizer(
+            config["source"],
+            context_length=config["context_length"],
+            tokenizer_mode=config["mode"],
+            **config["kwargs"],
+        )
+    except ImportError as error:
+        raise MissingExtraError(
+            f"tokenizer {config['source']} needs transformers: pip install 'qwt-fx[hf]'"
+        ) from error
+    except Exception as error:  # the hub's client raises many kinds
+        raise ModelError(f"tokenizer {config['source']}: {first_line(error)}") from error
+    return tokenizer
+
+
+_STORED = {
+    "name": str,
+    "pretrained": (str, type(None)),
+    "logit_scale": (int, float),
+    "model_config": dict,
+    "preprocess": dict,
+    "tokenizer_config": dict,
+}
+
+
+def to_extra(model: ClipModel) -> dict[str, Any]:
+    """What `from_artifact` needs beside the towers, for JSON: an entry "clip"."""
+    return {"clip": {key: getattr(model, key) for key in _STORED}}
+
+
+def from_artifact(artifact: Artifact, *, device: str | torch.device = "cpu") -> ClipModel:
+    """The model of an artifact that holds both towers; needs no checkpoint and no network.
+
+    Raises `ArtifactError` where the artifact holds something else, or its entry is malformed.
+    """
+    entry = artifact.extra.get("clip")
+    if not isinstance(entry, dict) or set(artifact.towers) != {"image", "text"}:
+        raise ArtifactError(
+            "this artifact holds a graph, not the two towers of a CLIP: use qwt_fx.load"
+        )
+    for key, kind in _STORED.items():
+        if not isinstance(entry.get(key), kind):  # type: ignore[arg-type]
+            raise ArtifactError(f"artifact.json: extra.clip.{key}: got {entry.get(key)!r}")
+    model = ClipModel(
+        image=artifact.towers["image"].to(device),
+        text=artifact.towers["text"].to(device),
+        device=str(device),
+        **{key: copy.deepcopy(entry[key]) for key in _STORED},
+    )
+    try:
+        _ = model.transform, model.image_size, model.context_length, model.text_example(1)
+    except Exception as error:  # a malformed entry breaks anywhere in open_clip
+        raise ArtifactError(f"artifact.json: extra.clip: {first_line(error)}") from error
+    return model

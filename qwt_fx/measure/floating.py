@@ -1,0 +1,47 @@
+"""A converted graph computed in floating point: what its speed is compared with."""
+
+from __future__ import annotations
+
+import copy
+
+from torch.fx import GraphModule, Node
+
+from qwt_fx.graph.graph import add_tensor, is_call, is_constant
+from qwt_fx.graph.pass_base import clean_up
+from qwt_fx.graph.runner import execute
+from qwt_fx.quant import operators as ops
+from qwt_fx.quant import torch_ao
+
+_QUANTIZE = frozenset(
+    {torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_CHANNEL, ops.QUANTIZE_LOG_SQRT2}
+)
+_DEQUANTIZE = frozenset(
+    {torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_LOG_SQRT2}
+)
+_SIMULATE = frozenset({ops.FAKE_QUANTIZE_AFFINE, ops.FAKE_QUANTIZE_LOG_SQRT2})
+
+
+def floating_graph(converted: GraphModule) -> GraphModule:
+    """A copy without quantizers of activations, its weights dequantized once.
+
+    It has the original model's products and sizes, and the compensation's; its weights are the
+    rounded ones, so it is a yardstick of time and not of accuracy.
+    """
+    gm = copy.deepcopy(converted)
+    for node in list(gm.graph.nodes):
+        source = node.args[0] if node.args else None
+        if is_call(node, _DEQUANTIZE) and is_call(source, _QUANTIZE):
+            node.replace_all_uses_with(source.args[0])  # type: ignore[union-attr]
+        elif is_call(node, _SIMULATE):
+            node.replace_all_uses_with(source)
+        elif is_call(node, {torch_ao.DEQUANTIZE_PER_CHANNEL}) and is_constant(node):
+            _fold(gm, node)
+    clean_up(gm)
+    return gm
+
+
+def _fold(gm: GraphModule, node: Node) -> None:
+    operands = {n: execute(gm, n, {}) for n in node.all_input_nodes}
+    weight = execute(gm, node, operands)
+    with gm.graph.inserting_before(node):
+        node.replace_all_uses_with(add_tensor(gm, f"{node.name}_weight", weight.detach()))

@@ -1,1 +1,0 @@
-"""The page of `qwt-fx inspect --html`: one file, charts drawn here as SVG, nothing requested."""

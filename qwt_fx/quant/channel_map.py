@@ -1,0 +1,215 @@
+"""Which output row of a linear ends up in which input channel of the linear behind the attention.
+
+Attention mixes the values of different tokens, never different channels. So a scale of one channel
+of the values can be moved from the attention's output into the row of the linear that made it. The
+map is read from the graph: channel numbers are sent through the very ops that move elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qwt_fx.graph.graph import (
+    LINEAR,
+    MATMULS,
+    SDPA,
+    SHAPE_ONLY,
+    SOFTMAXES,
+    argument,
+    is_call,
+    shape_of,
+    tensor_of,
+)
+from qwt_fx.graph.sample_ids import resolve, run_move
+from qwt_fx.quant.norms import is_fake_quant, weight_node
+
+aten = torch.ops.aten
+
+_MOVES = SHAPE_ONLY | {
+    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+}  # fmt: skip
+_BATCH = 2  # stands for every symbol of a size
+
+
+@dataclass(frozen=True)
+class ValueMap:
+    """The linear whose rows become the values, and the row of each channel of the output, (d,).
+
+    `constants` are the `where` calls between that put a constant of all rows at some positions.
+    """
+
+    producer: Node
+    rows: Tensor
+    attention: Node
+    constants: tuple[Node, ...] = ()
+
+
+class NotMapped(Exception):
+    """The channels cannot be followed; the message says why."""
+
+
+def value_map(gm: GraphModule, output: Node) -> ValueMap:
+    """Follow the channels of `output`, what a linear behind an attention reads.
+
+    Raises `NotMapped` where `output` is not attention's output moved about, where its values are
+    not one linear's rows, each used once and by nothing else.
+    """
+    attention = _attention_behind(gm, output)
+    value = attention.args[1 if attention.target in MATMULS else 2]
+    producer = _linear_behind(gm, value)
+    features = _features(gm, producer)
+    values, others = _follow(producer, features, attention)
+    ids = _through_attention(attention, values, output)
+    rows = ids.reshape(-1, ids.shape[-1])
+    if not bool((rows == rows[0]).all()):
+        raise NotMapped("its channels change from token to token")
+    found = rows[0]
+    if len(set(found.tolist())) != len(found):
+        raise NotMapped("several of its channels share a value row")
+    if bool(torch.isin(found, others).any()):
+        raise NotMapped("something else reads the values")
+    constants = tuple(user for user in producer.users if _is_override(user, producer))
+    return ValueMap(producer, found, attention, constants)
+
+
+def feeds_attention(gm: GraphModule, linear: Node) -> bool:
+    """Whether some of the linear's rows become, moved about, the keys or values of an attention."""
+    pending, seen = list(linear.users), set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_call(node, {SDPA}) and set(node.args[1:3]) & (seen | {linear}):
+            return True
+        if is_call(node, MATMULS) and len(node.all_input_nodes) == 2:
+            return True
+        if _is_move(node) or is_fake_quant(gm, node):
+            pending += node.users
+    return False
+
+
+def _is_override(node: Node, source: Node) -> bool:
+    return is_call(node, {aten.where.self}) and node.args[2] is source
+
+
+def _attention_behind(gm: GraphModule, node: Node) -> Node:
+    while is_call(node, SHAPE_ONLY):
+        source = node.args[0]
+        if not isinstance(source, Node):
+            break
+        node = source
+    if is_call(node, {SDPA}):
+        if argument(node, 7, "enable_gqa", False):
+            raise NotMapped("attention groups queries")
+        return node
+    if is_call(node, MATMULS) and _is_probability(gm, node.args[0]):
+        return node
+    raise NotMapped("it is not the output of an attention")
+
+
+def _is_probability(gm: GraphModule, node: object) -> bool:
+    while isinstance(node, Node) and (is_call(node, SHAPE_ONLY) or is_fake_quant(gm, node)):
+        node = node.args[0]
+    return is_call(node, SOFTMAXES)
+
+
+def _linear_behind(gm: GraphModule, node: object) -> Node:
+    while isinstance(node, Node):
+        if is_call(node, {LINEAR}):
+            if weight_node(gm, node) is None:
+                raise NotMapped("the weight of its values is computed")
+            if argument(node, 2, "bias") is not None and tensor_of(gm, node.args[2]) is None:
+                raise NotMapped("the bias of its values is computed")
+            return node
+        if is_fake_quant(gm, node):
+            raise NotMapped("its values are quantized")
+        if is_call(node, {aten.where.self}):
+            node = node.args[2]
+            continue
+        if not _is_move(node):
+            break
+        node = node.args[0]
+    raise NotMapped("its values do not come from a linear through moves alone")
+
+
+def _is_move(node: Node) -> bool:
+    return is_call(node, _MOVES) or getattr(node.target, "__name__", "") == "getitem"
+
+
+def _features(gm: GraphModule, linear: Node) -> Tensor:
+    """Row numbers (2, ..., o) in the shape of a linear's output."""
+    shape, weight = shape_of(linear), tensor_of(gm, weight_node(gm, linear))
+    if shape is None or weight is None:
+        raise NotMapped("the shape of its values is not known")
+    sizes = [resolve(s, _BATCH) for s in shape]
+    return torch.arange(len(weight)).expand(*sizes[:-1], len(weight))
+
+
+def _move(node: Node, env: dict[Node, Any]) -> Any:
+    """What an op that moves elements makes of channel numbers."""
+    try:
+        return run_move(node, env, _BATCH)
+    except KeyError as error:
+        raise NotMapped(f"{error} decides how the values move") from error
+    except (RuntimeError, IndexError) as error:
+        raise NotMapped(f"{node.name}: {str(error).splitlines()[0]}") from error
+
+
+def _follow(producer: Node, features: Tensor, attention: Node) -> tuple[Tensor, Tensor]:
+    """Row numbers where the attention reads its values, and those read by anything else."""
+    env: dict[Node, Any] = {producer: features}
+    values: Tensor | None = None
+    others: list[Tensor] = []
+    value_index = 1 if attention.target in MATMULS else 2
+    pending = [producer]
+    while pending:
+        source = pending.pop(0)
+        for user in source.users:
+            if user is attention:
+                for index, operand in enumerate(user.args):
+                    if operand is source and index == value_index:
+                        values = env[source]
+                    elif operand is source:
+                        others.append(env[source].flatten())
+            elif _is_override(user, source):
+                env[user] = env[source]
+                pending.append(user)
+            elif _is_move(user):
+                env[user] = _move(user, env)
+                pending.append(user)
+            else:
+                others += [t.flatten() for t in _tensors(env[source])]
+    if values is None:
+        raise NotMapped("its values do not come from a linear through moves alone")
+    return values, torch.cat(others) if others else torch.empty(0, dtype=torch.int64)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _through_attention(attention: Node, values: Tensor, output: Node) -> Tensor:
+    """Row numbers at the linear behind the attention."""
+    heads = values.reshape(-1, *values.shape[-2:])
+    if not bool((heads == heads[:, :1]).all()):
+        raise NotMapped("the values' channels change from token to token")
+    shape = shape_of(attention)
+    if shape is None:
+        raise NotMapped("the shape of the attention's output is not known")
+    sizes = [resolve(s, _BATCH) for s in shape]
+    env: dict[Node, Any] = {attention: values[..., :1, :].expand(sizes)}
+    chain = [output]
+    while chain[-1] is not attention:
+        source = chain[-1].args[0]
+        assert isinstance(source, Node)  # _attention_behind walked the same way
+        chain.append(source)
+    for node in reversed(chain[:-1]):
+        env[node] = _move(node, env)
+    ids: Tensor = env[output]
+    return ids

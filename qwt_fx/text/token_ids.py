@@ -1,0 +1,104 @@
+"""Token ids that stand in for activations, what may be concluded from them, and by which operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qwt_fx.graph.graph import SHAPE_ONLY
+
+aten = torch.ops.aten
+
+ELEMENTWISE = frozenset(
+    {
+        aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor,
+        aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.gelu.default,
+        aten.sigmoid.default, aten.silu.default, aten.relu.default, aten.tanh.default,
+        aten.erf.default, aten.pow.Tensor_Scalar, aten.to.dtype, aten.clone.default,
+        aten.contiguous.default,
+    }
+)  # fmt: skip
+MOVES = SHAPE_ONLY | {
+    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+}  # fmt: skip
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+SAME_IDS = VIEWS | {aten.reshape.default, aten.to.dtype, aten.clone.default}
+# What these return depends on the shape of their tensor argument alone.
+FOLLOWERS = frozenset({aten.eq.Scalar, aten.reshape.default, aten.logical_and.default})
+READ_SHAPE = frozenset(
+    {
+        aten.sym_size.int, aten.new_full.default, aten.new_zeros.default, aten.new_ones.default,
+        aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    }
+)  # fmt: skip
+
+
+@dataclass
+class Tokens:
+    """Token ids of an activation, same shape (int32, expanded where constant).
+
+    Attention scores also have `columns`, the id of each key, and `causal` once masked.
+    """
+
+    ids: Tensor
+    columns: Tensor | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Rows that matter, for the nodes asked about.
+
+    Attributes:
+        rows: node name -> bool (rows,), rows = all dimensions but the last, flattened.
+        positions: node name -> position of each row, (rows,) int.
+        reason: why no mask applies; `None` when it does.
+    """
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    reason: str | None = None
+
+    def counting(self, name: str, *, behind_end: bool, first: bool) -> Tensor | None:
+        """Which rows of a node count, bool (rows,); `None` for all of them.
+
+        behind_end: leave out positions behind the end of a text where they provably cannot matter.
+        first: whether position 0 counts. It does not where attention alone reads it, and constants
+            were put in its place there; its error is nobody's then, and may exceed all others.
+        """
+        rows = self.rows.get(name) if behind_end else None
+        if first or name not in self.positions:
+            return rows
+        moving = self.positions[name] != 0
+        return moving if rows is None else rows & moving
+
+    def follow(self, name: str, new: str) -> None:
+        """The rows of a node `new` count as those of `name` do."""
+        for known in (self.rows, self.positions):
+            if name in known:
+                known[new] = known[name]
+
+
+class NotProved(Exception):
+    """The graph does something the proof does not cover."""
+
+
+def row_ids(tokens: Tokens) -> Tensor:
+    """The id of each last-dimension row. Raises when a row mixes ids."""
+    ids = tokens.ids
+    first = ids[..., :1]
+    expanded = ids.dim() > 0 and ids.stride(-1) == 0  # constant without looking
+    if not expanded and not bool((ids == first).all()):
+        raise NotProved("rows of an activation mix positions")
+    return first.squeeze(-1)
+
+
+def follows_first(node: Node, source: Node, by_value: set[Node], by_first: set[Node]) -> bool:
+    """Whether only the id at position 0 of each sample decides the value: no later one does."""
+    if node.target is aten.select.int and node.args[0] is source:
+        return node.args[1:] == (1, 0)
+    reads = [n for n in node.all_input_nodes if n in by_value or n in by_first]
+    return node.target in FOLLOWERS and bool(reads) and by_first.issuperset(reads)
