@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from qwt_fx.graph.graph import argument, is_call
+from qwt_fx.graph.nodes import argument, is_call
 
 aten = torch.ops.aten
 _MULTIPLY = frozenset({aten.mul.Tensor, aten.mul.Scalar})

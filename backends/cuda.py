@@ -25,12 +25,12 @@ from qwt_fx.backends.int8_lowering import (
     why_not,
 )
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph.graph import compute_nodes, is_call, layer_name, tensor_of
+from qwt_fx.graph.nodes import compute_nodes, is_call, layer_name, tensor_of
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.measure.kernel_audit import LayerKernel
 from qwt_fx.quant import torch_ao
 from qwt_fx.quant.integer_layers import FloatLayer, IntegerLayer, layers_to_lower
-from qwt_fx.text.trim import uncut
+from qwt_fx.text.text_length import uncut
 
 aten = torch.ops.aten
 _REASON = "float_reason"  # meta of a product left in floating point

@@ -7,7 +7,8 @@ import copy
 from torch.fx import GraphModule
 
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.graph import compute_nodes, graph_info, layer_name
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.measure.kernel_audit import LayerKernel
 
 

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.graph import add_tensor, graph_info
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.graph_source import recompile
 from qwt_fx.numerics.qparams import dequantize_log_sqrt2
 from qwt_fx.quant import operators as ops

@@ -10,17 +10,9 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.int8_gemm import INT8_LINEAR
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.graph import (
-    CONVOLUTIONS,
-    LAYER_NORM,
-    LINEAR,
-    MATMULS,
-    RMS_NORM,
-    add_tensor,
-    get_attr,
-    is_call,
-    tensor_of,
-)
+from qwt_fx.graph.aten import CONVOLUTIONS, LAYER_NORM, LINEAR, MATMULS, RMS_NORM
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.nodes import get_attr, is_call, tensor_of
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
 

@@ -29,7 +29,9 @@ from qwt_fx.backends.int8_gemm import (
     TRITON,
 )
 from qwt_fx.backends.row_products import why_no_row_product
-from qwt_fx.graph.graph import LINEAR, add_tensor, is_call, tensor_of
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.nodes import is_call, tensor_of
 from qwt_fx.quant import torch_ao
 from qwt_fx.quant.integer_layers import IntegerLayer, IntegerWeight
 

@@ -19,7 +19,8 @@ from qwt_fx.backends.exported_program import check_exportable, export_program
 from qwt_fx.backends.onnx_layout import Layout, Storage, lay_out
 from qwt_fx.backends.onnx_runtime import LAYERS_KEY
 from qwt_fx.errors import MissingExtraError, PreconditionError
-from qwt_fx.graph.graph import SDPA, compute_nodes, layer_name
+from qwt_fx.graph.aten import SDPA
+from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.version import __version__
 
 # A protobuf message holds less than 2 GiB; larger weights go to a file beside it.

@@ -26,7 +26,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from qwt_fx.backends.row_products import why_no_row_product
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
-from qwt_fx.graph.graph import SDPA, add_tensor
+from qwt_fx.graph.aten import SDPA
+from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.quant import torch_ao
 from qwt_fx.quant.integer_layers import FloatLayer, IntegerLayer, IntegerWeight, layers_to_lower

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from qwt_fx.graph.graph import LINEAR, argument
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.nodes import argument
 from qwt_fx.quant.integer_layers import IntegerLayer
 
 aten = torch.ops.aten

@@ -21,7 +21,7 @@ from qwt_fx.backends.exports import SUFFIXES, export_graph, runner_of
 from qwt_fx.backends.onnx_runtime import audit, onnx_runtime_session
 from qwt_fx.backends.openvino_runtime import openvino_model
 from qwt_fx.errors import ConfigError, PreconditionError
-from qwt_fx.graph.graph import compute_nodes, layer_name
+from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.measure.kernel_audit import LayerKernel
 
 Run = Callable[[Tensor], Any]

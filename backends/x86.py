@@ -14,7 +14,7 @@ from qwt_fx.backends.saturation import QLINEAR
 from qwt_fx.backends.x86_fusion import FUSED, fuse_quantizers
 from qwt_fx.backends.x86_layer import PARTS, QLINEAR_ADD, LayerLowering, why_not
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.graph import compute_nodes, is_call, layer_name
+from qwt_fx.graph.nodes import compute_nodes, is_call, layer_name
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.measure.kernel_audit import LayerKernel
 from qwt_fx.quant import torch_ao

@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.activations import QUICK_GELU_FACTOR, fused_activation
 from qwt_fx.backends.saturation import QLINEAR
-from qwt_fx.graph.graph import add_tensor, is_call, tensor_of
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.nodes import is_call, tensor_of
 from qwt_fx.quant import torch_ao
 
 aten = torch.ops.aten

@@ -23,7 +23,9 @@ from qwt_fx.backends import saturation
 from qwt_fx.backends.packed_weight import PackedWeight
 from qwt_fx.backends.row_products import why_no_row_product
 from qwt_fx.backends.saturation import QLINEAR
-from qwt_fx.graph.graph import LINEAR, add_module, add_tensor, tensor_of
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.edits import add_module, add_tensor
+from qwt_fx.graph.nodes import tensor_of
 from qwt_fx.quant.integer_layers import IntegerLayer, IntegerWeight
 
 aten = torch.ops.aten

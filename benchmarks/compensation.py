@@ -31,7 +31,9 @@ from qwt_fx.config.recipes import recipe_for
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER
 from qwt_fx.evaluate.evaluate import compare
 from qwt_fx.evaluate.metrics import mcnemar
-from qwt_fx.graph.graph import CONVOLUTIONS, LINEAR, SDPA, compute_nodes, find_node, graph_info
+from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, SDPA
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import compute_nodes, find_node
 from qwt_fx.passes import InsertCompensation
 
 RECIPES = ("best", "repq-vit")

@@ -32,7 +32,7 @@ from qwt_fx.backends.onnx_runtime import onnx_runtime_session
 from qwt_fx.backends.openvino_runtime import openvino_model
 from qwt_fx.clip.clip import ImageTower, TextTower
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.measure.machine import sums_byte_products_exactly
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.measure.timing import interleaved

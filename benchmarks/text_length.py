@@ -26,7 +26,7 @@ from qwt_fx.clip.towers import TextTower
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.demo.assets import demo_config, demo_state_dict
 from qwt_fx.measure.measure import sqnr_db
-from qwt_fx.text.trim import trim
+from qwt_fx.text.text_length import trim
 
 
 def demo_tower() -> tuple[TextTower, int, int]:

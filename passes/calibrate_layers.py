@@ -26,25 +26,26 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.process_memory import release_freed
 from qwt_fx.batches.value_store import ValueStore
-from qwt_fx.calibrate.block_compensation import CompensationSettings, why_no_block
+from qwt_fx.calibrate.block_compensation import why_no_block
 from qwt_fx.calibrate.layer_range import fit_range
 from qwt_fx.calibrate.layer_sums import layer_sums
-from qwt_fx.calibrate.observe_ranges import observe_on_first, set_mode
+from qwt_fx.calibrate.observe_ranges import observe_on_first
 from qwt_fx.calibrate.paired_walk import Lockstep
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
-from qwt_fx.config.layer_settings import LayerRemedies
+from qwt_fx.config.compensation_kind import CompensationSettings
+from qwt_fx.config.layer_settings import LayerSettings
 from qwt_fx.errors import DataError
-from qwt_fx.graph.graph import add_module, layer_name
+from qwt_fx.graph.edits import add_module
+from qwt_fx.graph.nodes import layer_name
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.numerics.layer_fit import FittedLayer, fit_layer
 from qwt_fx.numerics.qparams import LOG_SQRT2
 from qwt_fx.numerics.second_moments import LayerSums
-from qwt_fx.quant.fake_quant import FakeQuant, Mode
+from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_of, is_fake_quant, set_mode
 from qwt_fx.quant.layer_groups import LayerGroup, can_be_rows, find_groups, weight_quantizer
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
 from qwt_fx.quant.rescale import set_layer, weight_and_bias
 
 
@@ -70,7 +71,7 @@ class CalibrateLayers(Pass):
 
     reference: GraphModule
     batches: Any
-    remedies: LayerRemedies = field(default_factory=LayerRemedies)
+    remedies: LayerSettings = field(default_factory=LayerSettings)
     progress: Any = field(default=None, compare=False)
     journal: Journal = field(default=NO_JOURNAL, compare=False)
     store: ValueStore = field(default_factory=ValueStore, compare=False)
@@ -87,7 +88,9 @@ class CalibrateLayers(Pass):
         _weights_next_to_layers(gm)
         groups = find_groups(gm)
         compensation = self.compensation
-        if compensation and (reason := why_no_block(gm, Share.of(self.batches), compensation)):
+        if compensation and (
+            reason := why_no_block(gm, DistributedBatches.of(self.batches), compensation)
+        ):
             compensation = None
             yield Skip("graph", reason)
         walk = Lockstep(

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.precision import wide
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.graph import MATMULS, SHAPE_ONLY, is_call
+from qwt_fx.graph.aten import MATMULS, SHAPE_ONLY
+from qwt_fx.graph.nodes import is_call
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.graph.runner import Env, run_all
 from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2
-from qwt_fx.quant.fake_quant import FakeQuant
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of, is_fake_quant
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ChooseSoftmaxQuantizer(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
-        share = Share.of(self.batches)
+        share = DistributedBatches.of(self.batches)
         products = dict(_products(gm))
 
         def errors() -> list[tuple[float, float]]:

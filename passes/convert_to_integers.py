@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import NotCalibratedError, PostconditionError
-from qwt_fx.graph.graph import add_tensor, tensor_of
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.nodes import tensor_of
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.numerics.qparams import LOG_SQRT2, along_axis
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
-from qwt_fx.quant.fake_quant import FakeQuant
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
-from qwt_fx.text.trim import cut_to_length
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of, is_fake_quant
+from qwt_fx.text.text_length import cut_to_length
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
-from qwt_fx.graph.graph import SDPA, layer_name
+from qwt_fx.graph.aten import SDPA
+from qwt_fx.graph.nodes import layer_name
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 
 

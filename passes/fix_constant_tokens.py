@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.distributed_batches import Share
-from qwt_fx.calibrate.observe_ranges import set_mode
-from qwt_fx.graph.graph import LINEAR, add_tensor, graph_info, is_call, layer_name
+from qwt_fx.batches.distributed_batches import DistributedBatches
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import is_call, layer_name
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.graph.runner import placeholders, run_all, start
 from qwt_fx.graph.sample_ids import batch_axis
 from qwt_fx.quant.channel_map import feeds_attention
-from qwt_fx.quant.fake_quant import Mode
+from qwt_fx.quant.fake_quant import Mode, set_mode
+from qwt_fx.text.text_length import cut_to_length
 from qwt_fx.text.token_ids import TokenMask
 from qwt_fx.text.token_map import token_mask
-from qwt_fx.text.trim import cut_to_length
 
 aten = torch.ops.aten
 
@@ -54,7 +56,7 @@ class FixConstantTokens(Pass):
         if info.constant_token is not None:
             yield Skip("graph", "its start token is fixed already")
             return
-        share = Share.of(self.batches)
+        share = DistributedBatches.of(self.batches)
         first_batch = share.batches[0]
         linears = [n for n in gm.graph.nodes if is_call(n, {LINEAR}) and feeds_attention(gm, n)]
         proof = token_mask(gm, first_batch, linears)

@@ -13,21 +13,18 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule
 
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.process_memory import release_freed
 from qwt_fx.batches.value_store import ValueStore
-from qwt_fx.calibrate.block_compensation import (
-    BlockCompensation,
-    CompensationSettings,
-    why_no_block,
-)
+from qwt_fx.calibrate.block_compensation import BlockCompensation, why_no_block
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
+from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.graph.runner import BlockRunner
-from qwt_fx.quant.fake_quant import Mode
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.fake_quant import Mode, fake_quant_of, is_fake_quant
 from qwt_fx.text.token_map import token_masks
 
 
@@ -64,7 +61,7 @@ class InsertCompensation(Pass):
 
     def __post_init__(self) -> None:
         self.settings()
-        Share.of(self.batches)
+        DistributedBatches.of(self.batches)
 
     def settings(self) -> CompensationSettings:
         """What is fitted to what. Raises `ConfigError` where that is not known."""
@@ -92,7 +89,7 @@ class InsertCompensation(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
-        settings, share = self.settings(), Share.of(self.batches)
+        settings, share = self.settings(), DistributedBatches.of(self.batches)
         if reason := why_no_block(gm, share, settings):
             yield Skip("graph", reason)
             return

@@ -10,19 +10,12 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph.graph import (
-    MATMULS,
-    SDPA,
-    SHAPE_ONLY,
-    SOFTMAXES,
-    add_module,
-    is_call,
-    layer_name,
-)
+from qwt_fx.graph.aten import MATMULS, SDPA, SHAPE_ONLY, SOFTMAXES
+from qwt_fx.graph.edits import add_module
+from qwt_fx.graph.nodes import is_call, layer_name
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.numerics.qparams import LOG_SQRT2, QuantSpec
-from qwt_fx.quant.fake_quant import FakeQuant
-from qwt_fx.quant.norms import is_fake_quant
+from qwt_fx.quant.fake_quant import FakeQuant, is_fake_quant
 
 
 @dataclass(frozen=True)

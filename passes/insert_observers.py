@@ -10,17 +10,12 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph.graph import (
-    CONVOLUTIONS,
-    MATMULS,
-    RMS_NORM,
-    SDPA,
-    SHAPE_ONLY,
-    SOFTMAXES,
-    add_module,
+from qwt_fx.graph.aten import CONVOLUTIONS, MATMULS, RMS_NORM, SDPA, SHAPE_ONLY, SOFTMAXES
+from qwt_fx.graph.edits import add_module
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import (
     argument,
     compute_nodes,
-    graph_info,
     is_call,
     is_constant,
     layer_name,

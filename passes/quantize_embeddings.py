@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph.graph import add_tensor, is_call, layer_name, strip_weight, tensor_of
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.nodes import is_call, layer_name, strip_weight, tensor_of
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 
 aten = torch.ops.aten

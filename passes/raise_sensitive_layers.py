@@ -10,17 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.distributed_batches import Share
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes, observe
+from qwt_fx.batches.batch import as_inputs
+from qwt_fx.batches.distributed_batches import DistributedBatches
+from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.errors import ConfigError, PreconditionError
-from qwt_fx.graph.graph import layer_name
+from qwt_fx.graph.nodes import layer_name
 from qwt_fx.graph.pass_base import Change, Pass, Skip
-from qwt_fx.graph.runner import as_inputs
 from qwt_fx.measure.sensitivity import Sensitivity, measure_sensitivity
-from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_nodes, fake_quant_of
 from qwt_fx.quant.layer_groups import LayerGroup, find_groups, weight_quantizer
-from qwt_fx.quant.norms import fake_quant_of
 
 BITS = 8
 
@@ -61,7 +60,7 @@ class RaiseSensitiveLayers(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
-        share = Share.of(self.batches)
+        share = DistributedBatches.of(self.batches)
         groups = {tuple(layer_name(n) for n in g.layers): g for g in find_groups(gm) if g.layers}
         chosen = self.journal.once(
             "sensitive layers",

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from qwt_fx.graph.pass_base import Change, Pass, Skip
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 
 
 @dataclass(frozen=True)

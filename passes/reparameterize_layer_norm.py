@@ -21,24 +21,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import NotCalibratedError
+from qwt_fx.graph.aten import LAYER_NORM, RMS_NORM
 from qwt_fx.graph.constants import constant_tensor
-from qwt_fx.graph.graph import (
-    LAYER_NORM,
-    RMS_NORM,
-    add_module,
-    add_tensor,
-    argument,
-    layer_name,
-    strip_weight,
-    tensor_of,
-)
+from qwt_fx.graph.edits import add_module, add_tensor
+from qwt_fx.graph.nodes import argument, layer_name, strip_weight, tensor_of
 from qwt_fx.graph.pass_base import Change, Pass, Skip
-from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of, is_fake_quant
 from qwt_fx.quant.norms import (
     NORMS,
     NormReaders,
-    fake_quant_of,
-    is_fake_quant,
     norm_affine,
     norm_readers,
     weight_node,

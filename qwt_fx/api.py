@@ -17,18 +17,12 @@ from torch.fx import GraphModule
 from qwt_fx.artifact.artifact import load_graph, save_graph
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.exports import export_graph
-from qwt_fx.calibrate.observe_ranges import (
-    check_parameters,
-    config_of,
-    fake_quant_nodes,
-    observe,
-    set_mode,
-)
+from qwt_fx.calibrate.observe_ranges import check_parameters, config_of, observe
 from qwt_fx.capture.capture import adopt, capture
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError
-from qwt_fx.graph.copies import copy_sharing_tensors
-from qwt_fx.graph.graph import graph_info, has_graph_info
+from qwt_fx.graph.graph_info import graph_info, has_graph_info
+from qwt_fx.graph.graph_source import copy_sharing_tensors
 from qwt_fx.graph.pass_base import Pass, PassManager
 from qwt_fx.inspect.report import build_report
 from qwt_fx.measure.kernel_audit import LayerKernel
@@ -38,8 +32,7 @@ from qwt_fx.passes.insert_log_sqrt2_softmax import InsertLogSqrt2Softmax
 from qwt_fx.passes.insert_observers import InsertObservers
 from qwt_fx.passes.remove_observers import RemoveObservers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
-from qwt_fx.quant.fake_quant import Mode
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.quant.fake_quant import Mode, fake_quant_nodes, fake_quant_of, set_mode
 from qwt_fx.quant.quantizers import compensation_bytes, compensation_tensors, qparams
 from qwt_fx.steps import Progress, Seconds, calibrate, timed
 

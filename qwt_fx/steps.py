@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.value_store import ValueStore, value_store
-from qwt_fx.calibrate.observe_ranges import check_parameters, config_of, fake_quant_nodes, observe
+from qwt_fx.calibrate.observe_ranges import check_parameters, config_of, observe
 from qwt_fx.checkpoint.calibration_identity import calibration_journal
 from qwt_fx.checkpoint.journal import Journal
 from qwt_fx.config.recipes import compensation_of, recipe_for
-from qwt_fx.graph.graph import graph_info, set_graph_info
+from qwt_fx.graph.graph_info import graph_info, set_graph_info
 from qwt_fx.graph.pass_base import PassManager
 from qwt_fx.measure.measure import measure_layers
 from qwt_fx.passes.calibrate_layers import CalibrateLayers
@@ -33,6 +33,7 @@ from qwt_fx.passes.quantize_embeddings import QuantizeEmbeddings
 from qwt_fx.passes.raise_sensitive_layers import RaiseSensitiveLayers
 from qwt_fx.passes.remove_observers import RemoveObservers
 from qwt_fx.passes.reparameterize_layer_norm import ReparameterizeLayerNorm
+from qwt_fx.quant.fake_quant import fake_quant_nodes
 
 Seconds = dict[str, float]
 Progress = Callable[[str, int, int], None]
@@ -64,7 +65,7 @@ def calibrate(
     Args:
         prepared: what `prepare` returned.
         batches: a list (or re-iterable) of tuples of tensors, or of tensors for one-input models; or,
-            where several processes calibrate one model together, each one's `qwt_fx.batches.distributed_batches.Share`.
+            where several processes calibrate one model together, each one's `DistributedBatches`.
         seconds: gets the time of each phase, in seconds, added under "calibrate",
             "reparameterize" and "compensate".
         progress: called as progress(phase, done, total).
@@ -79,7 +80,7 @@ def calibrate(
     the message names the parameter or the layer.
     """
     check_parameters(prepared)
-    share = Share.of(batches)
+    share = DistributedBatches.of(batches)
     if not fake_quant_nodes(prepared):
         return prepared
     with (
@@ -100,7 +101,7 @@ class _Keeping:
 
 def _calibrate(
     prepared: GraphModule,
-    share: Share,
+    share: DistributedBatches,
     keeping: _Keeping,
     seconds: Seconds | None,
     progress: Progress | None,

@@ -16,7 +16,10 @@ from qwt_fx.artifact.graph_document import parse_document
 from qwt_fx.artifact.graph_tensors import file_tensors, restore
 from qwt_fx.artifact.json_values import digest, dumps
 from qwt_fx.capture.capture import capture
-from qwt_fx.graph.graph import LINEAR, GraphInfo, add_tensor, graph_info, tensor_of
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.graph_info import GraphInfo, graph_info
+from qwt_fx.graph.nodes import tensor_of
 from qwt_fx.quant import torch_ao
 
 

@@ -1,7 +1,7 @@
 """The architecture of docs/design.md, read from the source: who may import whom.
 
-Data flows core -> passes -> api and core -> backends -> api. Each rule is shown to bite on a
-source that breaks it.
+Rooms stand on floors, and a room imports only from lower ones. Each rule is shown to bite on sources
+that break it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,10 +18,31 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"qwt_fx": "qwt_fx", "passes": "qwt_fx.passes", "backends": "qwt_fx.backends"}
-FX_FREE = ("qwt_fx.qparams", "qwt_fx.errors", "qwt_fx.config")
-TORCH_AO = "qwt_fx.torch_ao"
-API = ("qwt_fx.api", "qwt_fx.calibration")
+# Rooms are folders; the modules directly in `qwt_fx/` stand on floors of their own.
+FLOORS = (
+    ("errors", "version"),
+    ("config", "batches", "demo"),
+    ("numerics", "graph", "data"),
+    ("text",),
+    ("capture", "quant"),
+    ("artifact", "measure", "pt2e"),
+    ("checkpoint", "clip", "backends"),
+    ("calibrate", "evaluate"),
+    ("inspect", "passes"),
+    ("steps",),
+    ("api",),
+    ("commands",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ALONE = {room for room in FLOOR if (ROOT / "qwt_fx" / f"{room}.py").exists()}
+# Rooms whose package itself gives names to users; the others' `__init__.py` only tells what they are for.
+DOORS = ("qwt_fx", "qwt_fx.passes", "qwt_fx.backends", "qwt_fx.clip", "qwt_fx.pt2e")
+FX_FREE = ("qwt_fx.errors", "qwt_fx.config", "qwt_fx.numerics")
+TORCH_AO = "qwt_fx.quant.torch_ao"
 PROGRAM = ("qwt_fx.cli", "qwt_fx.__main__", "qwt_fx.commands")
+MOST_AT_THE_ROOT, MOST_IN_A_ROOM, MOST_LINES = 10, 16, 300
 
 
 def module_name(path: str) -> str:
@@ -33,26 +55,10 @@ def within(module: str, *packages: str) -> bool:
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
-def layer(module: str) -> str:
-    """core, passes, backends, api, or program: the package itself, the CLI and its commands."""
-    if module == "qwt_fx" or within(module, *PROGRAM):
-        return "program"
-    if within(module, *API):
-        return "api"
-    for name in ("passes", "backends"):
-        if within(module, f"qwt_fx.{name}"):
-            return name
-    return "core"
-
-
-# What a layer may import beside core; the package `qwt_fx` itself is the program's.
-MAY_IMPORT = {
-    "core": set(),
-    "passes": set(),
-    "backends": {"backends"},
-    "api": {"passes", "backends", "api"},
-    "program": {"passes", "backends", "api", "program"},
-}
+def room(module: str) -> str:
+    """The room of a module, or the module itself where it stands directly in `qwt_fx/`."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str, str | None]]:
@@ -99,50 +105,80 @@ def mentions_torch_ao(tree: ast.Module) -> Iterator[int]:
             yield line
 
 
+def edges_of(trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, int, str, str | None]]:
+    """(module, line, imported module of ours, name), `qwt_fx.clip` for a name that package defines."""
+    for module, tree in trees.items():
+        for line, target, name in imports(tree):
+            full = f"{target}.{name}"
+            if within(target, "qwt_fx"):
+                yield module, line, full if full in trees else target, None if full in trees else name
+
+
+def circles(edges: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other, directly or not; a package counts with what it exports."""
+    return sorted(
+        f"{module} and {target} import each other"
+        for module, targets in edges.items()
+        for target in targets
+        if module < target and module in reachable(target, edges)
+    )
+
+
 def violations(sources: Mapping[str, str]) -> list[str]:
     """Every broken rule in the sources (path -> text), as `path:line: what`."""
     trees = {module_name(path): ast.parse(text) for path, text in sources.items()}
     paths = {module_name(path): path for path in sources}
-    found: list[str] = []
-    edges: dict[str, set[str]] = {}
+    packages = {module for module, path in paths.items() if path.endswith("__init__.py")}
+    problems: list[str] = []
+    edges: dict[str, set[str]] = {module: set() for module in trees}
     for module, tree in trees.items():
-        mine = layer(module)
-        edges[module] = set()
-        for line, target, name in imports(tree):
-            where = f"{paths[module]}:{line}"
+        if room(module) not in FLOOR:
+            problems.append(f"{paths[module]}: {room(module)} is no room of test_layering.py")
+        for line, target, _ in imports(tree):
             if target.startswith("."):
-                found.append(f"{where}: relative import {target}: name the full module")
-                continue
-            if not within(target, "qwt_fx"):
-                continue
-            full = f"{target}.{name}"
-            if full in trees:  # `from qwt_fx import clip` names the module clip
-                target = full
-            elif name and target in trees and paths[target].endswith("__init__.py"):
-                own = defined(trees[target])
-                if name not in own:
-                    found.append(f"{where}: {name} is not defined in {target}: name its module")
-                    continue
-            if target == module:
-                continue
-            edges[module].add(target)
-            theirs = layer(target)
-            itself = mine == "passes" and module == "qwt_fx.passes"  # exports its passes
-            if theirs not in {"core", *MAY_IMPORT[mine]} and not (itself and theirs == "passes"):
-                found.append(f"{where}: {module} ({mine}) imports {target} ({theirs})")
+                problems.append(f"{paths[module]}:{line}: relative import: name the full module")
+    for module, line, target, name in edges_of(trees):
+        where = f"{paths[module]}:{line}"
+        if target in packages and name and name not in defined(trees[target]):
+            problems.append(f"{where}: {name} is not defined in {target}: name its module")
+            continue
+        if target == module:
+            continue
+        edges[module].add(target)
+        mine, theirs = room(module), room(target)
+        if mine not in FLOOR or theirs not in FLOOR:
+            continue
+        if mine == "passes" == theirs and module != "qwt_fx.passes":
+            problems.append(f"{where}: {module} imports another pass, {target}")
+        elif mine != theirs and FLOOR[theirs] >= FLOOR[mine]:
+            problems.append(f"{where}: {module} imports {target} from above or beside")
+    for module, tree in trees.items():
+        path = paths[module]
+        if module in packages and module not in DOORS and len(tree.body) > 1:
+            problems.append(f"{path}: a room exports nothing: name full modules")
+        if module in packages and not ast.get_docstring(tree):
+            problems.append(f"{path}: a room says what it is for")
         if module != TORCH_AO:
             for line in mentions_torch_ao(tree):
-                found.append(f"{paths[module]}:{line}: only qwt_fx/torch_ao.py may name torch.ao")
+                problems.append(f"{path}:{line}: only qwt_fx/quant/torch_ao.py may name torch.ao")
         if not within(module, *PROGRAM):
             for node in ast.walk(tree):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
-                    found.append(f"{paths[module]}:{node.lineno}: print outside the program")
-    for module in set(FX_FREE) & trees.keys():
-        for reached in reachable(module, edges):
-            for line, target, name in imports(trees[reached]):
-                if within(target, "torch.fx") or (target, name) == ("torch", "fx"):
-                    found.append(f"{paths[reached]}:{line}: {module} must not import fx")
-    return sorted(found)
+                    problems.append(f"{path}:{node.lineno}: print outside the program")
+        if (length := len(sources[path].splitlines())) > MOST_LINES:
+            problems.append(f"{path}: {length} lines, wanted at most {MOST_LINES}")
+    for module in trees:
+        if within(module, *FX_FREE):
+            for reached in reachable(module, edges):
+                for line, target, name in imports(trees[reached]):
+                    if within(target, "torch.fx") or (target, name) == ("torch", "fx"):
+                        problems.append(f"{paths[reached]}:{line}: {module} must not import fx")
+    folders = Counter(path.rpartition("/")[0] for path in sources if path not in EMPTY)
+    for folder, count in folders.items():
+        most = MOST_AT_THE_ROOT if folder == "qwt_fx" else MOST_IN_A_ROOM
+        if count > most and folder != "backends":
+            problems.append(f"{folder}: {count} files, wanted at most {most}")
+    return sorted({*problems, *circles(edges)})
 
 
 def reachable(module: str, edges: Mapping[str, set[str]]) -> set[str]:

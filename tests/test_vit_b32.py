@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import qwt_fx
-from qwt_fx.calibrate.observe_ranges import observe, set_mode
+from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.passes import (
     DecomposeAttention,
     FoldChannelWise,
@@ -17,7 +17,7 @@ from qwt_fx.passes import (
     InsertObservers,
     ReparameterizeLayerNorm,
 )
-from qwt_fx.quant.fake_quant import Mode
+from qwt_fx.quant.fake_quant import Mode, set_mode
 
 
 def _inputs(tower: str, model: qwt_fx.clip.ClipModel) -> Tensor:

@@ -15,7 +15,8 @@ from zoo.randomize import randomize
 
 import qwt_fx
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.graph.graph import compute_nodes, graph_info
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import compute_nodes
 from qwt_fx.inspect.report import layer_rows
 
 SAMPLES = 128  # as in the table

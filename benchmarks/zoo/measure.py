@@ -15,7 +15,8 @@ from torch.fx import GraphModule
 
 import qwt_fx
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node
 from qwt_fx.inspect.report import layer_rows
 from qwt_fx.measure.measure import sqnr_db
 from zoo.models import Entry

@@ -35,7 +35,8 @@ from qwt_fx.artifact.graph_tensors import Stored, file_tensors, restore
 from qwt_fx.artifact.json_values import dumps, loads, plain, restored, shown
 from qwt_fx.artifact.output import OutputDirectory
 from qwt_fx.errors import ArtifactError, OutputError
-from qwt_fx.graph.graph import get_attr, graph_info, has_graph_info
+from qwt_fx.graph.graph_info import graph_info, has_graph_info
+from qwt_fx.graph.nodes import get_attr
 
 _MODEL = "model"
 

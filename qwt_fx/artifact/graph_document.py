@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 
 from qwt_fx.artifact import graph_args
 from qwt_fx.artifact.allowed_operators import OPERATORS
-from qwt_fx.artifact.graph_info_json import info_from_json
+from qwt_fx.artifact.graph_json import info_from_json
 from qwt_fx.artifact.graph_tensors import Attribute, Stored, parse_attributes, parse_tensors
 from qwt_fx.artifact.json_values import shown
 from qwt_fx.artifact.structure import spec_from_json
 from qwt_fx.errors import ArtifactError
-from qwt_fx.graph.graph import GraphInfo
+from qwt_fx.graph.graph_info import GraphInfo
 
 SCHEMA = 1
 MAX_NODES = 200_000

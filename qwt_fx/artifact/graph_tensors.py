@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from qwt_fx.artifact.json_values import shown
 from qwt_fx.artifact.packing import MAX_BITS, MIN_BITS, pack, packed_size, unpack
 from qwt_fx.errors import ArtifactError
-from qwt_fx.graph.graph import get_attr
+from qwt_fx.graph.nodes import get_attr
 from qwt_fx.quant.quantizers import weight_code_bits
 
 _PATH = re.compile(r"(?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwt_fx.batches.batch import batch_size, check_batches
 from qwt_fx.batches.ranks import Message, Ranks
 from qwt_fx.errors import DataError
-from qwt_fx.graph.runner import batch_size, check_batches
 
 
 @dataclass(frozen=True)
-class Share:
+class DistributedBatches:
     """Batches of which each rank holds every N-th; stands wherever a list of batches may.
 
     Attributes:
@@ -34,19 +34,19 @@ class Share:
             )
 
     @classmethod
-    def of(cls, batches: Any) -> Share:
+    def of(cls, batches: Any) -> DistributedBatches:
         """A share as it is; a list of batches as one that nobody else has a part of.
 
         Raises `DataError` for a generator, or no batch.
         """
-        if isinstance(batches, Share):
+        if isinstance(batches, DistributedBatches):
             return batches
         listed = check_batches(batches)
         return cls(listed, [batch_size(b) for b in listed])
 
-    def map(self, change: Callable[[Any], Any]) -> Share:
+    def map(self, change: Callable[[Any], Any]) -> DistributedBatches:
         """The same share with other tensors in each batch."""
-        return Share([change(batch) for batch in self.batches], self.sizes, self.ranks)
+        return DistributedBatches([change(batch) for batch in self.batches], self.sizes, self.ranks)
 
     @property
     def numbers(self) -> range:

@@ -9,21 +9,21 @@ cheaper kinds of `qwt_fx.calibrate.compensators`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.precision import wide
 from qwt_fx.calibrate.compensation_sites import NoSite
 from qwt_fx.calibrate.compensators import Compensator, Site, compensator
 from qwt_fx.checkpoint.journal import Journal
-from qwt_fx.config.compensation_kind import parse_compensation
-from qwt_fx.errors import ConfigError, DataError
-from qwt_fx.graph.graph import Block, find_node, graph_info
+from qwt_fx.config.compensation_kind import CompensationSettings, parse_compensation
+from qwt_fx.errors import DataError
+from qwt_fx.graph.graph_info import Block, graph_info
+from qwt_fx.graph.nodes import find_node
 from qwt_fx.graph.pass_base import Change, Skip
 from qwt_fx.graph.runner import BlockRunner, Subgraph, start
 from qwt_fx.graph.sample_ids import sample_ids
@@ -31,44 +31,6 @@ from qwt_fx.numerics.channel_affine import AffineFit
 from qwt_fx.numerics.hold_out import held_out_samples
 from qwt_fx.numerics.regression import Fit
 from qwt_fx.text.token_ids import TokenMask
-
-TARGETS = ("local", "fp")
-
-
-@dataclass(frozen=True)
-class CompensationSettings:
-    """What is fitted to what, and what judges it.
-
-    Attributes:
-        kind: "qwt", "affine", "lowrank:R" (R at least 1; at most the width is used) or "int8".
-        target: what a block's output should be: "local", the floating-point block on the quantized
-            path's input, as published; "fp", the floating-point path's own output, so that errors
-            from before the block are repaired, too.
-        hold_out: share of the samples, in [0, 0.5), that chooses the ridge and decides whether a
-            block is compensated: only with a positive R^2 there. 0 fits and judges on every
-            sample by minimum-norm least squares, as published.
-        token_masks: leave out text positions that provably cannot matter.
-        half: store weights in half precision (they are read back as float32); one that overflows
-            half precision stays in float32.
-
-    Raises `ConfigError` for values outside of these.
-    """
-
-    kind: str = "qwt"
-    target: str = "local"
-    hold_out: float = 0.2
-    token_masks: bool = True
-    half: bool = True
-
-    def __post_init__(self) -> None:
-        if parse_compensation(self.kind).name == "none":
-            raise ConfigError("compensation kind: got 'none': leave the pass out instead")
-        if self.target not in TARGETS:
-            raise ConfigError(
-                f"compensation target: got {self.target!r}, wanted one of {', '.join(TARGETS)}"
-            )
-        if not 0.0 <= self.hold_out < 0.5:
-            raise ConfigError(f"compensation hold_out: got {self.hold_out}, wanted [0, 0.5)")
 
 
 class BlockCompensation:
@@ -90,7 +52,7 @@ class BlockCompensation:
         settings: CompensationSettings,
         quantized: BlockRunner,
         floating: BlockRunner,
-        share: Share,
+        share: DistributedBatches,
         journal: Journal,
         proofs: Sequence[TokenMask],
     ) -> None:
@@ -249,7 +211,9 @@ class BlockCompensation:
         return keep & ~judged, keep & judged
 
 
-def why_no_block(gm: GraphModule, share: Share, settings: CompensationSettings) -> str | None:
+def why_no_block(
+    gm: GraphModule, share: DistributedBatches, settings: CompensationSettings
+) -> str | None:
     """Why no block of a graph can be compensated; `None` where some may be."""
     if not graph_info(gm).blocks:
         return "no transformer block was found"

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import LINEAR, argument, is_call, tensor_of
-from qwt_fx.quant.norms import NORMS, fake_quant_of, is_fake_quant, weight_node
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.nodes import argument, is_call, tensor_of
+from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
+from qwt_fx.quant.norms import NORMS, weight_node
 
 aten = torch.ops.aten
 

@@ -19,7 +19,9 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.calibrate.compensation_sites import Step, integer_input, last_linear
 from qwt_fx.config.compensation_kind import CompensationKind
-from qwt_fx.graph.graph import LINEAR, add_module, add_tensor, ancestors
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.edits import add_module, add_tensor
+from qwt_fx.graph.nodes import ancestors
 from qwt_fx.numerics.channel_affine import AffineFit, ChannelMoments, fit_affine
 from qwt_fx.numerics.qparams import QuantSpec
 from qwt_fx.numerics.regression import Fit, Moments, fit_held_out, fit_original
@@ -32,8 +34,7 @@ from qwt_fx.numerics.stored_weight import (
     fits_half,
     int8_scale,
 )
-from qwt_fx.quant.fake_quant import FakeQuant, Mode
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_of, is_fake_quant
 from qwt_fx.quant.rescale import set_layer, weight_and_bias
 
 aten = torch.ops.aten

@@ -15,7 +15,8 @@ from torch.fx import Node
 from qwt_fx.calibrate.paired_walk import Lockstep
 from qwt_fx.calibrate.position_scales import find_token_scale, histograms_apart, mass_apart
 from qwt_fx.errors import DataError
-from qwt_fx.graph.graph import MATMULS, is_call, through_shape_ops
+from qwt_fx.graph.aten import MATMULS
+from qwt_fx.graph.nodes import is_call, through_shape_ops
 from qwt_fx.graph.sample_ids import sample_ids
 from qwt_fx.numerics.histogram import LARGEST, Histogram
 from qwt_fx.numerics.qparams import QuantSpec
@@ -23,9 +24,9 @@ from qwt_fx.numerics.range_search import Range, search_range
 from qwt_fx.numerics.rescale_search import Rescale, choose_rescale
 from qwt_fx.numerics.split_histogram import Halves
 from qwt_fx.quant.channel_map import NotMapped, ValueMap, value_map
-from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.fake_quant import FakeQuant, is_fake_quant
 from qwt_fx.quant.layer_groups import LayerGroup, weight_quantizer
-from qwt_fx.quant.norms import NORMS, is_fake_quant, norm_readers, why_not_reparameterizable
+from qwt_fx.quant.norms import NORMS, norm_readers, why_not_reparameterizable
 from qwt_fx.quant.rescale import (
     divide_constants,
     divide_input,

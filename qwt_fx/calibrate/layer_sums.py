@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from qwt_fx.batches.precision import wide
 from qwt_fx.calibrate.paired_walk import Lockstep
-from qwt_fx.graph.graph import LINEAR, is_call
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.nodes import is_call
 from qwt_fx.numerics.second_moments import LayerSums
 from qwt_fx.quant.fake_quant import FakeQuant
 from qwt_fx.quant.layer_groups import LayerGroup, residual_of, rows_of

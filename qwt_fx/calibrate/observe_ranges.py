@@ -15,22 +15,23 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.recipes import recipe_for
 from qwt_fx.errors import DataError, NotCalibratedError
-from qwt_fx.graph.graph import graph_info, tensor_of
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import tensor_of
 from qwt_fx.graph.runner import start
-from qwt_fx.quant.fake_quant import FakeQuant, Mode
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.fake_quant import (
+    FakeQuant,
+    Mode,
+    fake_quant_nodes,
+    fake_quant_of,
+    set_mode,
+)
 from qwt_fx.text.token_map import token_mask
-
-
-def fake_quant_nodes(gm: GraphModule) -> list[Node]:
-    """The graph's `FakeQuant` calls in order."""
-    return [n for n in gm.graph.nodes if is_fake_quant(gm, n)]
 
 
 def check_parameters(gm: GraphModule) -> None:
@@ -45,13 +46,6 @@ def check_parameters(gm: GraphModule) -> None:
                 f"{name}: {bad} of {value.numel()} values of this parameter are NaN or infinite; "
                 "check the checkpoint"
             )
-
-
-def set_mode(gm: GraphModule, mode: Mode) -> None:
-    """Switch every `FakeQuant` of the graph."""
-    for module in gm.modules():
-        if isinstance(module, FakeQuant):
-            module.mode = mode
 
 
 def config_of(gm: GraphModule) -> QuantConfig:
@@ -85,7 +79,7 @@ def observe(gm: GraphModule, batches: Any, journal: Journal = NO_JOURNAL) -> Gra
         NotCalibratedError: the graph has no observers.
         DataError: `batches` is empty or a generator, or an activation is not finite.
     """
-    share = Share.of(batches)
+    share = DistributedBatches.of(batches)
     nodes = fake_quant_nodes(gm)
     if not nodes:
         raise NotCalibratedError("the graph has no observers: run InsertObservers(config)(gm)")
@@ -103,7 +97,7 @@ def observe(gm: GraphModule, batches: Any, journal: Journal = NO_JOURNAL) -> Gra
     return gm
 
 
-def _observe(gm: GraphModule, share: Share, nodes: Sequence[Node]) -> None:
+def _observe(gm: GraphModule, share: DistributedBatches, nodes: Sequence[Node]) -> None:
     activations = [n for n in nodes if not _is_weight(gm, n)]
     set_mode(gm, Mode.OBSERVE)
     masked = recipe_for(config_of(gm)).mask_ranges

@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.precision import wide
 from qwt_fx.batches.value_store import ValueStore
-from qwt_fx.calibrate.block_compensation import BlockCompensation, CompensationSettings
+from qwt_fx.calibrate.block_compensation import BlockCompensation
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
-from qwt_fx.config.layer_settings import LayerRemedies
-from qwt_fx.graph.graph import LINEAR, find_node, graph_info, is_call
+from qwt_fx.config.compensation_kind import CompensationSettings
+from qwt_fx.config.layer_settings import LayerSettings
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node, is_call
 from qwt_fx.graph.pass_base import Change, Skip
 from qwt_fx.graph.runner import BlockRunner, EachBatch
 from qwt_fx.graph.sample_ids import sample_ids
 from qwt_fx.numerics.hold_out import held_out_samples
 from qwt_fx.numerics.rescale_search import Rescale
 from qwt_fx.numerics.second_moments import CHUNK
+from qwt_fx.quant.fake_quant import is_fake_quant
 from qwt_fx.quant.layer_groups import LayerGroup, residual_of, rows_of
-from qwt_fx.quant.norms import is_fake_quant
 from qwt_fx.text.token_map import token_masks
 
 aten = torch.ops.aten
@@ -46,7 +49,7 @@ class Lockstep:
         reference: GraphModule,
         batches: Any,
         groups: list[LayerGroup],
-        remedies: LayerRemedies,
+        remedies: LayerSettings,
         journal: Journal = NO_JOURNAL,
         store: ValueStore | None = None,
         compensation: CompensationSettings | None = None,
@@ -55,7 +58,7 @@ class Lockstep:
         self.reference = reference
         self.remedies = remedies
         self.journal = journal
-        self.share = Share.of(batches)
+        self.share = DistributedBatches.of(batches)
         mine, sizes = self.share.batches, self.share.sizes
         store = store or ValueStore()
         self._quantized = BlockRunner(gm, mine, store)

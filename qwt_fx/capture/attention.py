@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import add_tensor, argument, graph_info, layer_name, shape_of
-from qwt_fx.text.trim import cut_to_length
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import argument, layer_name, shape_of
+from qwt_fx.text.text_length import cut_to_length
 
 aten = torch.ops.aten
 

@@ -12,7 +12,9 @@ import re
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import LAYER_NORM, LINEAR, RMS_NORM, SDPA, SOFTMAXES, Block, is_constant
+from qwt_fx.graph.aten import LAYER_NORM, LINEAR, RMS_NORM, SDPA, SOFTMAXES
+from qwt_fx.graph.graph_info import Block
+from qwt_fx.graph.nodes import is_constant
 
 _INDEXED = re.compile(r"(?:^|[._])\d+$")
 _ROOT = re.compile(r"^L\[['\"]self['\"]\]\.?")

@@ -13,8 +13,9 @@ from torch.fx import GraphModule, Node
 from qwt_fx.capture.rms_norm import fuse_rms_norms
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph.constants import constant_value
-from qwt_fx.graph.graph import add_tensor, ancestors, argument, get_attr, is_constant
+from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.graph_source import recompile
+from qwt_fx.graph.nodes import ancestors, argument, get_attr, is_constant
 
 aten = torch.ops.aten
 

@@ -3,7 +3,7 @@
 A graph that `torch.export` made already is taken as it is, if its batch dimension is dynamic.
 
 A text tower of which it is proved that nothing behind the end of a text matters gets a dynamic
-length as well (`qwt_fx.text.end_of_text`). `torch.export` does the capture; `qwt_fx.capture.canonicalize`
+length as well (`text.end_of_text`). `torch.export` does the capture; `capture.canonicalize`
 then removes what it adds for its own checks and what computes nothing, and leaves no literal device
 in the graph.
 """
@@ -24,16 +24,9 @@ from torch.fx import GraphModule
 from qwt_fx.capture.blocks import find_blocks, module_path
 from qwt_fx.capture.canonicalize import canonicalize
 from qwt_fx.errors import CaptureError
-from qwt_fx.graph.graph import (
-    SDPA,
-    GraphInfo,
-    argument,
-    compute_nodes,
-    graph_info,
-    has_graph_info,
-    set_graph_info,
-    strip_weight,
-)
+from qwt_fx.graph.aten import SDPA
+from qwt_fx.graph.graph_info import GraphInfo, graph_info, has_graph_info, set_graph_info
+from qwt_fx.graph.nodes import argument, compute_nodes, strip_weight
 from qwt_fx.text.end_of_text import find_end_of_text
 from qwt_fx.text.text_length import record_full_length, text_ids
 from qwt_fx.text.token_ids import NotProved

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import RMS_NORM, argument, is_call, is_constant, shape_of
+from qwt_fx.graph.aten import RMS_NORM
+from qwt_fx.graph.nodes import argument, is_call, is_constant, shape_of
 
 aten = torch.ops.aten
 _MUL, _ADDS = aten.mul.Tensor, frozenset({aten.add.Tensor, aten.add.Scalar})

@@ -15,17 +15,19 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx.artifact.json_values import plain
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.batch import as_inputs
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal, StoredJournal
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph.graph import graph_info
-from qwt_fx.graph.runner import as_inputs
+from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.version import __version__
 
 
 @contextmanager
 def calibration_journal(
-    checkpoint: str | PathLike[str] | Journal | None, prepared: GraphModule, share: Share
+    checkpoint: str | PathLike[str] | Journal | None,
+    prepared: GraphModule,
+    share: DistributedBatches,
 ) -> Iterator[Journal]:
     """The journal that `qwt_fx.calibrate` was given, or the one in a folder, removed on success.
 
@@ -46,7 +48,7 @@ def calibration_journal(
     journal.remove()
 
 
-def calibration_identity(prepared: GraphModule, share: Share) -> dict[str, Any]:
+def calibration_identity(prepared: GraphModule, share: DistributedBatches) -> dict[str, Any]:
     """Versions, device, each setting, and digests of the graph, its tensors and the batches.
 
     prepared: what `qwt_fx.prepare` returned, not calibrated yet; share: that of the only process. The

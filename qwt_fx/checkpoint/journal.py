@@ -42,7 +42,7 @@ class Journal:
     def once(self, step: str, find: Callable[[], T]) -> T:
         """The result of a step: what `find` returns, unless an earlier run knows it.
 
-        step: its name. find: deterministic; returns what a record can hold (`qwt_fx.checkpoint.journal_codec`).
+        step: its name. find: deterministic; returns what a record can hold (`checkpoint.journal_codec`).
         """
         found: T = settled(find())
         return found

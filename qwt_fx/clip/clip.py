@@ -18,9 +18,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from qwt_fx.artifact.artifact import Artifact, read_artifact
-from qwt_fx.clip.clip_encoder import ClipEncoder
 from qwt_fx.clip.model_source import ModelSource, find_source, first_line
-from qwt_fx.clip.towers import ImageTower, TextTower
+from qwt_fx.clip.towers import ClipEncoder, ImageTower, TextTower
 from qwt_fx.clip.weights import load_weights, read_checkpoint
 from qwt_fx.errors import ArtifactError, ConfigError, MissingExtraError, ModelError
 

@@ -22,8 +22,8 @@ from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import FLOAT_BITS, QuantConfig
 from qwt_fx.config.recipes import recipe_for
 from qwt_fx.errors import ConfigError, OutputError
-from qwt_fx.evaluate.nearest import NearestCaption
-from qwt_fx.graph.graph import weight_layers
+from qwt_fx.evaluate.metrics import NearestCaption
+from qwt_fx.graph.nodes import weight_layers
 from qwt_fx.measure.bit_losses import INPUT, WEIGHT, BitLoss, measure_bits
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.measure.mixed_precision import Choice, narrowest, overrides, weight_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qwt_fx.batches import ranks
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.kept_batches import KeptBatches
 from qwt_fx.batches.value_store import ValueStore
 from qwt_fx.checkpoint.feature_store import FeatureStore
@@ -75,18 +75,20 @@ def deal_batches(
     extra_batches: int,
     prompts: ClassPrompts | None,
     store: ValueStore | None = None,
-) -> tuple[Share, CalibrationData | None]:
+) -> tuple[DistributedBatches, CalibrationData | None]:
     """As `load_batches`, read by the first rank: this rank's share, and there all that was read."""
     among = ranks.current()
     data = None
     if among.first:
         data = load_batches(args, model, screen, extra_batches, prompts, store)
     sizes = among.from_first(lambda: [] if data is None else [len(b[0]) for b in data.batches])
-    Share([], sizes, among)  # enough for all, before they travel
+    DistributedBatches([], sizes, among)  # enough for all, before they travel
     if data is not None and among.world == 1:
-        return Share(data.batches, sizes, among), data
+        return DistributedBatches(data.batches, sizes, among), data
     dealt = among.deal([] if data is None else data.batches)
-    return Share(dealt if store is None else KeptBatches.of(dealt, store), sizes, among), data
+    return DistributedBatches(
+        dealt if store is None else KeptBatches.of(dealt, store), sizes, among
+    ), data
 
 
 def load_batches(

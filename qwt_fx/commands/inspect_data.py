@@ -29,11 +29,11 @@ from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph.graph import compute_nodes, graph_info, layer_name
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.inspect.inspection import inspect_rows, own_errors
 from qwt_fx.inspect.page.data import STAGES, PageData, TowerData
 from qwt_fx.inspect.report import block_rows, skip_rows
-from qwt_fx.measure.block_quality import block_sqnr
 from qwt_fx.measure.layer_statistics import (
     LayerStatistics,
     contributions,
@@ -41,6 +41,7 @@ from qwt_fx.measure.layer_statistics import (
     weight_histograms,
 )
 from qwt_fx.measure.machine import processor
+from qwt_fx.measure.measure import block_sqnr
 
 SAMPLES = 16  # of the first batch: statistics of values and contributions of layers
 

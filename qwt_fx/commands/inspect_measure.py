@@ -9,7 +9,7 @@ from qwt_fx import api
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.screen import Screen
 from qwt_fx.errors import QwtError
-from qwt_fx.graph.graph import layer_name, through_shape_ops, weight_layers
+from qwt_fx.graph.nodes import layer_name, through_shape_ops, weight_layers
 from qwt_fx.inspect.page.data import ChannelRanges
 from qwt_fx.measure.floating import floating_graph
 from qwt_fx.measure.kernel_audit import LayerKernel

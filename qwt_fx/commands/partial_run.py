@@ -3,7 +3,7 @@
     calibration/       checkpoints of an unfinished calibration (see `tower_checkpoints`)
     activations/       what `--memory-budget` leaves no room for (see `qwt_fx.batches.value_store`)
     calibrated.json    beside the artifact once that is complete: what the report says of its making
-    evaluation/        the embeddings of an interrupted evaluation (see `qwt_fx.checkpoint.feature_store`)
+    evaluation/        the embeddings of an interrupted evaluation (see `checkpoint.feature_store`)
 
 Nothing of it is left when the run is complete.
 """

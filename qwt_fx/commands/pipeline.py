@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from qwt_fx import api
 from qwt_fx.batches.device_memory import with_smaller_batches
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.kept_batches import KeptBatches
 from qwt_fx.batches.precision import to_device
 from qwt_fx.batches.ranks import Ranks
@@ -36,7 +36,7 @@ from qwt_fx.evaluate.evaluate import (
     text_features,
     zero_shot,
 )
-from qwt_fx.graph.graph import layer_name, weight_layers
+from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.measure.measure import sqnr_db, tensors_of
 
 TOWERS = ("image", "text")
@@ -58,7 +58,7 @@ class QuantizedClip:
 def quantize_towers(
     model: ClipModel,
     graphs: dict[str, GraphModule],
-    batches: Sequence[tuple[Tensor, Tensor]] | Share,
+    batches: Sequence[tuple[Tensor, Tensor]] | DistributedBatches,
     config: QuantConfig,
     towers: Sequence[str],
     screen: Screen,
@@ -71,7 +71,7 @@ def quantize_towers(
     the first rank alone. `checkpoints` keep what is found on the way, `store` the activations. `seconds`
     of a resumed run are its own and those of the towers it found finished.
     """
-    share = Share.of(batches)
+    share = DistributedBatches.of(batches)
     kept = checkpoints or TowerCheckpoints()
     seconds: dict[str, float] = {}
     result = dict(graphs)
@@ -106,15 +106,17 @@ def config_of_tower(
     return config.replace(overrides=kept)
 
 
-def _inputs(share: Share, index: int, device: str | torch.device) -> Share:
+def _inputs(
+    share: DistributedBatches, index: int, device: str | torch.device
+) -> DistributedBatches:
     """What one tower reads of each batch."""
     if isinstance(share.batches, KeptBatches):
-        return Share(share.batches.column(index, device), share.sizes, share.ranks)
+        return DistributedBatches(share.batches.column(index, device), share.sizes, share.ranks)
     return share.map(lambda batch: (to_device(batch[index], device),))
 
 
 def _within_memory(
-    inputs: Share, config: QuantConfig, checkpoints: TowerCheckpoints, *rest: Any
+    inputs: DistributedBatches, config: QuantConfig, checkpoints: TowerCheckpoints, *rest: Any
 ) -> FinishedTower:
     """One tower, with smaller batches where the device has too little memory for these."""
     if inputs.ranks.world > 1 or config.compat == "original":
@@ -125,13 +127,13 @@ def _within_memory(
         if tried is inputs.batches:
             return _quantize_tower(inputs, config, checkpoints, *rest)
         # A checkpoint belongs to its batches: these would not be found again.
-        return _quantize_tower(Share.of(tried), config, TowerCheckpoints(), *rest)
+        return _quantize_tower(DistributedBatches.of(tried), config, TowerCheckpoints(), *rest)
 
     return with_smaller_batches(inputs.batches, run)
 
 
 def _quantize_tower(
-    inputs: Share,
+    inputs: DistributedBatches,
     config: QuantConfig,
     checkpoints: TowerCheckpoints,
     tower: str,
@@ -173,7 +175,7 @@ def _advance(update: Callable[[int, int], None], phase: str, done: int, total: i
 
 def _observe_classifier(
     prepared: GraphModule,
-    inputs: Share,
+    inputs: DistributedBatches,
     config: QuantConfig,
     seconds: dict[str, float],
 ) -> ClassifierQuantizer:
@@ -283,18 +285,20 @@ def metrics_of(
 def calibration_sqnr(
     graphs: dict[str, GraphModule],
     result: QuantizedClip,
-    batches: Sequence[tuple[Tensor, Tensor]] | Share,
+    batches: Sequence[tuple[Tensor, Tensor]] | DistributedBatches,
     device: str | torch.device,
 ) -> dict[str, float | None]:
     """Embedding SQNR in dB of the quantized towers on the calibration samples; on the first rank."""
-    share = Share.of(batches)
+    share = DistributedBatches.of(batches)
     found: dict[str, float | None] = dict.fromkeys(TOWERS)
     for index, tower in enumerate(TOWERS):
         if tower not in result.quantized:
             continue
         sides, inputs = (graphs[tower], result.towers[tower]), _inputs(share, index, device)
 
-        def embedded(at: int, inputs: Share = inputs, sides: Any = sides) -> Iterator[Any]:
+        def embedded(
+            at: int, inputs: DistributedBatches = inputs, sides: Any = sides
+        ) -> Iterator[Any]:
             (batch,) = inputs.batches[at]
             yield [tensors_of(side(batch)) for side in sides]
 

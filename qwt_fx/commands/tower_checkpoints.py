@@ -18,12 +18,12 @@ from torch.fx import GraphModule
 from qwt_fx.artifact.artifact import read_artifact, write_artifact
 from qwt_fx.artifact.artifact_index import INDEX
 from qwt_fx.artifact.output import sync
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.checkpoint.calibration_identity import calibration_identity
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal, StoredJournal
 from qwt_fx.errors import ArtifactError, OutputError
 from qwt_fx.evaluate.classifier import ClassifierQuantizer
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ class TowerCheckpoints:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
-    def open(self, name: str, prepared: GraphModule, share: Share, device: Any) -> TowerCheckpoint:
+    def open(
+        self, name: str, prepared: GraphModule, share: DistributedBatches, device: Any
+    ) -> TowerCheckpoint:
         """The checkpoint of one tower.
 
         prepared, share: what will be calibrated on what; several processes that calibrate together

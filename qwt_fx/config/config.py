@@ -137,7 +137,7 @@ class QuantConfig:
         token_masks: where text positions that provably cannot influence the output are left out:
             "none", "regression" (of all least squares), "all" (ranges too).
 
-    The remedies of `best`, each alone (see `qwt_fx.config.layer_settings`); "auto", the default of every one, is
+    The remedies of `best`, each alone (see `config.layer_settings`); "auto", the default of every one, is
     the recipe's choice.
 
     Attributes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class LayerRemedies:
+class LayerSettings:
     """What `CalibrateLayers` does beside finding plain ranges; every field can stand alone.
 
     Attributes:
@@ -45,3 +45,6 @@ class LayerRemedies:
     token_scales: bool = True
     hold_out: float = 0.2
     tokens_per_input: int = 4
+
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwt_fx.calibrate.block_compensation import CompensationSettings
+from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.config.config import AUTO, REMEDIES, QuantConfig
-from qwt_fx.config.layer_settings import LayerRemedies
-from qwt_fx.numerics.rescale_search import STRENGTHS
+from qwt_fx.config.layer_settings import STRENGTHS, LayerSettings
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Recipe:
     held_out: bool = False
     half_compensation: bool = False
     target: str = "local"
-    layers: LayerRemedies | None = None
+    layers: LayerSettings | None = None
     constant_tokens: bool = False
     embedding_bits: int = 32
 
@@ -50,12 +49,12 @@ BEST = Recipe(
     held_out=True,
     half_compensation=True,
     target="fp",
-    layers=LayerRemedies(),
+    layers=LayerSettings(),
     constant_tokens=True,
     embedding_bits=8,
 )
 # The layers' walk with every remedy switched off: what a single remedy is added to.
-_BARE = LayerRemedies(
+_BARE = LayerSettings(
     output_ranges=False,
     strengths=(1.0,),
     fold_values=False,
@@ -107,7 +106,7 @@ def compensation_of(recipe: Recipe, hold_out: float) -> CompensationSettings | N
     )
 
 
-def _layers(config: QuantConfig, recipe: Recipe) -> LayerRemedies | None:
+def _layers(config: QuantConfig, recipe: Recipe) -> LayerSettings | None:
     """The recipe's remedies of layers with those that the configuration sets."""
     named = {n: getattr(config, n) for n in REMEDIES if getattr(config, n) != AUTO}
     changes: dict[str, Any] = {name: named[name] for name in _OF_LAYERS if name in named}

@@ -16,9 +16,8 @@ from torch import Tensor
 from qwt_fx.batches.kept_batches import KeptBatches
 from qwt_fx.batches.value_store import ValueStore
 from qwt_fx.data.classes import ClassPrompts, folder_caption
-from qwt_fx.data.csv_pairs import read_csv
 from qwt_fx.data.decoding import Decoded, Transform, Undecodable, decode_in_order
-from qwt_fx.data.imagefolder import list_images
+from qwt_fx.data.imagefolder import list_images, read_csv
 from qwt_fx.data.samples import FilePair, PairSource, random_order
 from qwt_fx.data.shards import SampledShards, expand, sample_locations
 from qwt_fx.errors import ConfigError, DataError

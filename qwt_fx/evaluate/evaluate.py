@@ -27,7 +27,7 @@ from qwt_fx.evaluate.metrics import (
     wilson_interval,
 )
 from qwt_fx.measure.measure import sqnr_db
-from qwt_fx.text.trim import trim
+from qwt_fx.text.text_length import trim
 
 Progress = Callable[[int, int], None]
 
@@ -141,7 +141,7 @@ def text_features(
 ) -> Tensor:
     """Embeddings (p, e) of token ids (p, context), un-normalized; the rest as `image_features`.
 
-    A graph that may be given shorter ids gets each batch cut to its longest text (`qwt_fx.text.trim`).
+    A graph that may be given shorter ids gets each batch cut to its longest text (`text.text_length`).
     """
     kept = Series(None, "texts") if series is None else series
     ranks = ranks or Ranks()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import get_attr, is_constant
+from qwt_fx.graph.nodes import get_attr, is_constant
 
 
 def constant_value(gm: GraphModule, node: Node, cache: dict[Node, Any] | None = None) -> Any:

@@ -6,9 +6,12 @@ quote it. A service that loads one artifact after another would grow by each of 
 
 from __future__ import annotations
 
+import copy
 import linecache
 import weakref
+from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule, graph_module
 
 
@@ -31,3 +34,17 @@ def _source_name(gm: GraphModule) -> str:
 def _forget(name: str) -> None:
     graph_module._loader.eval_cache.pop(name, None)
     linecache.cache.pop(name, None)
+
+
+def copy_sharing_tensors(gm: GraphModule) -> GraphModule:
+    """A copy whose parameters and buffers lie where the original's do, in objects of their own.
+
+    Moving or converting one (`.to`, `.half`) leaves the other alone; writing into a tensor in place
+    changes both. `copy.deepcopy` of the copy shares nothing any more.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*gm.parameters(), *gm.buffers()):
+        alias = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if is_parameter else alias
+    return copy.deepcopy(gm, memo)

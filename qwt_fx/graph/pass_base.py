@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from qwt_fx.errors import PassError, PreconditionError
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.graph_source import recompile
 
 

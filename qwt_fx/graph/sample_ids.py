@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from qwt_fx.graph.graph import SHAPE_ONLY, is_call
+from qwt_fx.graph.aten import SHAPE_ONLY
+from qwt_fx.graph.nodes import is_call
 
 aten = torch.ops.aten
 

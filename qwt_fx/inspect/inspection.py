@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from qwt_fx.graph.graph import graph_info, layer_name, weight_layers
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.inspect.report import layer_rows
 from qwt_fx.measure.kernel_audit import LayerKernel
 from qwt_fx.measure.layer_statistics import LayerStatistics

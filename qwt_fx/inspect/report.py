@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.recipes import recipe_for
 from qwt_fx.evaluate.retrieval import CROSS_RECALLS, CROSS_SIDES, RECALLS, RETRIEVAL_COUNTS
-from qwt_fx.graph.graph import compute_nodes, graph_info, layer_name
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.measure.kernel_audit import LayerKernel
 from qwt_fx.quant.quantizers import operand_bits
 from qwt_fx.version import __version__

@@ -2,8 +2,8 @@
 
 One walk over the floating-point graph: at each group of layers that read one value, only the weights
 or only the value are quantized, at one width after another, and the part of the graph behind them is
-run (`qwt_fx.measure.sensitivity`). Ranges are the observers' own (`qwt_fx.numerics.percentile_search`), weights are rounded to
-nearest: what recipes do better they do better everywhere, so the order of the layers stays.
+run (`measure.sensitivity`). Ranges are the observers' own (`numerics.percentile_search`), weights are
+rounded to nearest: what recipes do better they do better everywhere, so the order of the layers stays.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.calibrate.observe_ranges import set_mode
-from qwt_fx.graph.graph import layer_name
+from qwt_fx.graph.nodes import layer_name
 from qwt_fx.measure.sensitivity import OutputProbe, weight_operand
-from qwt_fx.quant.fake_quant import FakeQuant, Mode
+from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_of, set_mode
 from qwt_fx.quant.layer_groups import LayerGroup, weight_quantizer
-from qwt_fx.quant.norms import fake_quant_of
 from qwt_fx.quant.rescale import weight_and_bias
 
 WEIGHT, INPUT = "weight", "input"

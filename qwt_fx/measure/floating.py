@@ -6,7 +6,8 @@ import copy
 
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import add_tensor, is_call, is_constant
+from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.nodes import is_call, is_constant
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.graph.runner import execute
 from qwt_fx.quant import operators as ops

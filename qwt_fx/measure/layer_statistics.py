@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import SHAPE_ONLY, is_call, layer_name, weight_layers
+from qwt_fx.graph.aten import SHAPE_ONLY
+from qwt_fx.graph.nodes import is_call, layer_name, weight_layers
 from qwt_fx.graph.runner import Env, execute, run_all
 from qwt_fx.measure.measure import clipped_share
 from qwt_fx.measure.sensitivity import OutputProbe

@@ -1,7 +1,7 @@
 """The best bit width of every layer under a budget of bytes, from each layer's losses alone.
 
 Errors of different layers are nearly uncorrelated, so the model's error is about the sum of the
-losses of its operands (`qwt_fx.measure.bit_losses`), and the choice of widths is a knapsack: least sum of
+losses of its operands (`measure.bit_losses`), and the choice of widths is a knapsack: least sum of
 losses, sum of weight bytes within the budget. Each operand offers the widths on the lower convex hull
 of (bytes, loss); taking the steps of all hulls by loss removed per byte is optimal at every size that
 it passes (the Lagrangian bound). An input takes no bytes: its least loss comes first.

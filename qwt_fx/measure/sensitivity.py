@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import layer_name
+from qwt_fx.graph.nodes import layer_name
 from qwt_fx.graph.runner import Env, execute, start
 from qwt_fx.measure.measure import tensors_of
-from qwt_fx.quant.fake_quant import FakeQuant, Mode
+from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_of
 from qwt_fx.quant.layer_groups import LayerGroup, find_groups, weight_quantizer
-from qwt_fx.quant.norms import fake_quant_of
 from qwt_fx.quant.rescale import weight_and_bias
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwt_fx.config.layer_settings import LayerRemedies
+from qwt_fx.config.layer_settings import LayerSettings
 from qwt_fx.numerics.qparams import QuantSpec
 from qwt_fx.numerics.second_moments import LayerSums, choose_refit
 from qwt_fx.numerics.weight_rounding import gptq, round_to_nearest, row_qparams
@@ -37,7 +37,7 @@ def fit_layer(
     spec: QuantSpec | None,
     train: LayerSums,
     judge: LayerSums,
-    remedies: LayerRemedies,
+    remedies: LayerSettings,
 ) -> FittedLayer:
     """Fit a layer with weight (o, i), bias (o,), and the quantizer `spec` of its weight, if any.
 
@@ -72,7 +72,7 @@ def fit_layer(
 
 
 def round_weight(
-    weight: Tensor, gram: Tensor, spec: QuantSpec, remedies: LayerRemedies
+    weight: Tensor, gram: Tensor, spec: QuantSpec, remedies: LayerSettings
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Dequantized rounded weight (o, i) float32 and its (scale, zero_point), (o,) each."""
     importance = gram.diagonal().clamp_min(0.0)

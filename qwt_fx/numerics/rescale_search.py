@@ -22,7 +22,6 @@ from qwt_fx.numerics.qparams import QuantSpec
 from qwt_fx.numerics.range_search import channel_ranges, search_range
 from qwt_fx.numerics.split_histogram import Halves, Move
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Rounding with knowledge of the Gram leaves about this share of nearest rounding's output error.
 _GPTQ_SHARE = 0.5
 

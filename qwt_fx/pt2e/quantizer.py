@@ -23,12 +23,10 @@ from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.recipes import recipe_for
 from qwt_fx.errors import ConfigError, PreconditionError
-from qwt_fx.graph.graph import (
-    CONVOLUTIONS,
-    MATMULS,
-    SDPA,
+from qwt_fx.graph.aten import CONVOLUTIONS, MATMULS, SDPA
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import (
     compute_nodes,
-    graph_info,
     is_constant,
     layer_name,
     tensor_of,
@@ -38,7 +36,7 @@ from qwt_fx.graph.graph import (
 from qwt_fx.graph.pass_base import Skip, clean_up
 from qwt_fx.numerics.qparams import QuantSpec
 from qwt_fx.pt2e.observers import PerChannelRangeObserver, RangeObserver
-from qwt_fx.quant.norms import is_fake_quant
+from qwt_fx.quant.fake_quant import is_fake_quant
 from qwt_fx.quant.torch_ao import load_pt2e
 
 __all__ = ["QwTQuantizer"]

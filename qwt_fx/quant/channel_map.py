@@ -14,19 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import (
-    LINEAR,
-    MATMULS,
-    SDPA,
-    SHAPE_ONLY,
-    SOFTMAXES,
-    argument,
-    is_call,
-    shape_of,
-    tensor_of,
-)
+from qwt_fx.graph.aten import LINEAR, MATMULS, SDPA, SHAPE_ONLY, SOFTMAXES
+from qwt_fx.graph.nodes import argument, is_call, shape_of, tensor_of
 from qwt_fx.graph.sample_ids import resolve, run_move
-from qwt_fx.quant.norms import is_fake_quant, weight_node
+from qwt_fx.quant.fake_quant import is_fake_quant
+from qwt_fx.quant.norms import weight_node
 
 aten = torch.ops.aten
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import DataError, NotCalibratedError
+from qwt_fx.graph.nodes import get_attr
 from qwt_fx.numerics.percentile_search import CACHED, search
 from qwt_fx.numerics.qparams import LOG_SQRT2, QuantSpec, along_axis
 from qwt_fx.quant import operators as ops
@@ -152,3 +154,29 @@ def _round_trip_in_parts(x: Tensor, *qparams: Any) -> Tensor:
     for part, target in zip(*parts, strict=True):
         target.copy_(_round_trip(part, *qparams))
     return result
+
+
+def fake_quant_nodes(gm: GraphModule) -> list[Node]:
+    """The graph's `FakeQuant` calls in order."""
+    return [n for n in gm.graph.nodes if is_fake_quant(gm, n)]
+
+
+def set_mode(gm: GraphModule, mode: Mode) -> None:
+    """Switch every `FakeQuant` of the graph."""
+    for module in gm.modules():
+        if isinstance(module, FakeQuant):
+            module.mode = mode
+
+
+def is_fake_quant(gm: GraphModule, node: object) -> bool:
+    """Whether the node calls a `FakeQuant`."""
+    if not isinstance(node, Node) or node.op != "call_module":
+        return False
+    return isinstance(get_attr(gm, str(node.target)), FakeQuant)
+
+
+def fake_quant_of(gm: GraphModule, node: Node) -> FakeQuant:
+    """The `FakeQuant` a node calls."""
+    module: nn.Module = get_attr(gm, str(node.target))
+    assert isinstance(module, FakeQuant)  # callers ask is_fake_quant first
+    return module

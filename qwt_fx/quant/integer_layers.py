@@ -18,17 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import (
-    CONVOLUTIONS,
-    LINEAR,
-    SHAPE_ONLY,
-    compute_nodes,
-    is_call,
-    layer_name,
-    tensor_of,
-)
+from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, SHAPE_ONLY
+from qwt_fx.graph.nodes import compute_nodes, is_call, layer_name, tensor_of
 from qwt_fx.quant import torch_ao
-from qwt_fx.text.trim import uncut
+from qwt_fx.text.text_length import uncut
 
 aten = torch.ops.aten
 _QUANTIZE = frozenset({torch_ao.QUANTIZE_PER_TENSOR})
@@ -46,7 +39,7 @@ class IntegerInput:
         source: the floating-point node that was quantized; already divided by the token scales.
         scale, zero_point, quant_min, quant_max: of the codes.
         token_scale: (length, 1) or (length, 1, 1) float32 node, a constant or its first positions
-            (`qwt_fx.text.trim.cut_to_length`), that multiplies the dequantized
+            (`qwt_fx.text.text_length.cut_to_length`), that multiplies the dequantized
             value position by position, or `None`. A linear may multiply its product by it instead.
         moved_by: the shape-only nodes between the dequantized value and the layer, first one first.
     """

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import CONVOLUTIONS, LINEAR, SHAPE_ONLY, argument, is_call, tensor_of
-from qwt_fx.quant.fake_quant import FakeQuant
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant, weight_node
+from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, SHAPE_ONLY
+from qwt_fx.graph.nodes import argument, is_call, tensor_of
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of, is_fake_quant
+from qwt_fx.quant.norms import weight_node
 
 
 @dataclass(frozen=True)

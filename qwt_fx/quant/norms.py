@@ -8,23 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
+from qwt_fx.graph.aten import LAYER_NORM, LINEAR, RMS_NORM, SHAPE_ONLY
 from qwt_fx.graph.constants import constant_tensor
-from qwt_fx.graph.graph import (
-    LAYER_NORM,
-    LINEAR,
-    RMS_NORM,
-    SHAPE_ONLY,
-    argument,
-    get_attr,
-    is_call,
-    keeps_last_dim,
-    layer_name,
-    tensor_of,
-)
-from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.graph.nodes import argument, is_call, keeps_last_dim, layer_name, tensor_of
+from qwt_fx.quant.fake_quant import is_fake_quant
 
 NORMS = frozenset({LAYER_NORM, RMS_NORM})
 
@@ -36,20 +25,6 @@ class NormReaders:
     linears: tuple[Node, ...] = ()
     fake_quants: tuple[Node, ...] = ()
     reason: str | None = None
-
-
-def is_fake_quant(gm: GraphModule, node: object) -> bool:
-    """Whether the node calls a `FakeQuant`."""
-    if not isinstance(node, Node) or node.op != "call_module":
-        return False
-    return isinstance(get_attr(gm, str(node.target)), FakeQuant)
-
-
-def fake_quant_of(gm: GraphModule, node: Node) -> FakeQuant:
-    """The `FakeQuant` a node calls."""
-    module: nn.Module = get_attr(gm, str(node.target))
-    assert isinstance(module, FakeQuant)  # callers ask is_fake_quant first
-    return module
 
 
 def _describe(node: Node) -> str:

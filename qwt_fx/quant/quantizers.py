@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import (
-    CONVOLUTIONS,
-    LINEAR,
-    SHAPE_ONLY,
+from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, SHAPE_ONLY
+from qwt_fx.graph.nodes import (
     ancestors,
     compute_nodes,
     get_attr,
@@ -27,8 +25,8 @@ from qwt_fx.graph.graph import (
 from qwt_fx.graph.runner import execute
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
-from qwt_fx.text.trim import uncut
+from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
+from qwt_fx.text.text_length import uncut
 
 _PER_TENSOR = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
 _PER_CHANNEL = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})

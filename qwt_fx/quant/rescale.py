@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.graph import (
-    LAYER_NORM,
-    add_module,
-    add_tensor,
-    argument,
-    drop_tensor,
-    layer_name,
-    tensor_of,
-)
-from qwt_fx.quant.fake_quant import FakeQuant
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant, norm_affine, weight_node
+from qwt_fx.graph.aten import LAYER_NORM
+from qwt_fx.graph.edits import add_module, add_tensor, drop_tensor
+from qwt_fx.graph.nodes import argument, layer_name, tensor_of
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of, is_fake_quant
+from qwt_fx.quant.norms import norm_affine, weight_node
 
 aten = torch.ops.aten
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from qwt_fx.graph.graph import is_call, tensor_of
+from qwt_fx.graph.nodes import is_call, tensor_of
+from qwt_fx.text.text_length import run_on_ids
 from qwt_fx.text.token_ids import NotProved, Tokens
 from qwt_fx.text.token_map import TokenTracer
-from qwt_fx.text.trim import run_on_ids
 
 aten = torch.ops.aten
 

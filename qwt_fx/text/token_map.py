@@ -19,17 +19,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from qwt_fx.graph.graph import (
-    LAYER_NORM,
-    LINEAR,
-    RMS_NORM,
-    SDPA,
-    SOFTMAXES,
-    argument,
-    get_attr,
-)
+from qwt_fx.graph.aten import LAYER_NORM, LINEAR, RMS_NORM, SDPA, SOFTMAXES
+from qwt_fx.graph.nodes import argument, get_attr
 from qwt_fx.graph.runner import start
-from qwt_fx.text.token_attention import attend, causal_mask, mask_scores, score, weigh
 from qwt_fx.text.token_ids import (
     ELEMENTWISE,
     MOVES,
@@ -39,8 +31,13 @@ from qwt_fx.text.token_ids import (
     NotProved,
     TokenMask,
     Tokens,
+    attend,
+    causal_mask,
     follows_first,
+    mask_scores,
     row_ids,
+    score,
+    weigh,
 )
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from torch import nn
 from qwt_fx.artifact import artifact as artifact_module
 from qwt_fx.artifact.artifact import load_graph, read_artifact, save_graph, write_artifact
 from qwt_fx.errors import ArtifactError, OutputError, QwtError
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 
 EXTRA = {"clip": {"name": "ViT", "logit_scale": 0.1 + 0.2, "mean": (0.5, 0.25)}, "none": None}
 CONFIG = {"w_bits": 4, "overrides": {"*.c_proj": "w8a8"}}

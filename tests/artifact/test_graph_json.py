@@ -26,7 +26,7 @@ from qwt_fx.artifact.allowed_operators import OPERATORS
 from qwt_fx.artifact.graph_json import graph_from_json, graph_to_json
 from qwt_fx.capture.capture import capture
 from qwt_fx.errors import ArtifactError, QwtError
-from qwt_fx.graph.graph import GraphInfo, graph_info
+from qwt_fx.graph.graph_info import GraphInfo, graph_info
 
 Edit = Callable[[dict[str, Any]], None]
 

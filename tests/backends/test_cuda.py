@@ -18,12 +18,11 @@ import qwt_fx
 from qwt_fx import QuantConfig
 from qwt_fx.backends import backend_for
 from qwt_fx.backends.int8_gemm import INT8_LINEAR
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
 from qwt_fx.clip.clip import ImageTower, TextTower
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.measure.measure import sqnr_db
-from qwt_fx.quant.norms import fake_quant_of
-from qwt_fx.text.trim import trim
+from qwt_fx.quant.fake_quant import fake_quant_nodes, fake_quant_of
+from qwt_fx.text.text_length import trim
 
 TOWERS = ("image", "text")
 PARITY_DB = 40.0

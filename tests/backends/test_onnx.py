@@ -20,7 +20,7 @@ from qwt_fx.clip.towers import ImageTower, TextTower
 from qwt_fx.errors import ConfigError, MissingExtraError, PreconditionError
 from qwt_fx.measure.kernel_audit import refuse_if_float
 from qwt_fx.measure.measure import sqnr_db
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -20,7 +20,8 @@ from qwt_fx.backends.compiled import compile_graph
 from qwt_fx.backends.saturation import QLINEAR
 from qwt_fx.clip.towers import TextTower
 from qwt_fx.errors import ConfigError, PreconditionError
-from qwt_fx.graph.graph import graph_info, is_call
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import is_call
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.quant.integer_layers import IntegerLayer, layers_to_lower
 

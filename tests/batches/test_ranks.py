@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwt_fx.batches import ranks
-from qwt_fx.batches.distributed_batches import Share
+from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.errors import DataError, RankError
 
@@ -166,7 +166,7 @@ def test_a_bug_in_a_decision_is_no_lost_rank(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_too_few_batches_are_refused() -> None:
     with pytest.raises(DataError, match="2 calibration batches for 3 processes"):
-        Share([torch.zeros(4, 1)], [4, 4], Ranks(0, 3))
+        DistributedBatches([torch.zeros(4, 1)], [4, 4], Ranks(0, 3))
 
 
 def test_one_process_reports_its_errors_itself() -> None:

@@ -19,7 +19,7 @@ from qwt_fx.batches.value_store import ValueStore, parse_size
 from qwt_fx.clip.clip import ImageTower, TextTower
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError, OutputError
-from qwt_fx.graph.graph import is_constant
+from qwt_fx.graph.nodes import is_constant
 from qwt_fx.graph.runner import BlockRunner, start
 
 BASE = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ from toys import Tower, op_sequence, randomize, tokens
 
 import qwt_fx
 from qwt_fx.errors import CaptureError
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -12,7 +12,7 @@ from toys import Tower, randomize, tokens
 import qwt_fx
 from qwt_fx import QuantConfig
 from qwt_fx.errors import CaptureError
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 
 CONFIG = QuantConfig(w_bits=6, a_bits=6, recipe="repq-vit", compensation="qwt")
 

@@ -20,7 +20,7 @@ from qwt_fx.backends.runtimes import Prepared, Source
 from qwt_fx.cli import main
 from qwt_fx.clip import clip
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.graph import compute_nodes
+from qwt_fx.graph.nodes import compute_nodes
 from qwt_fx.inspect.report import build_report
 from qwt_fx.measure.floating import floating_graph
 from qwt_fx.measure.kernel_audit import LayerKernel, refuse_if_float

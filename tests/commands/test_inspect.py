@@ -17,12 +17,12 @@ import qwt_fx
 from qwt_fx import QuantConfig, api
 from qwt_fx.cli import main
 from qwt_fx.commands.reproduce import command_line
-from qwt_fx.graph.graph import graph_info, layer_name, weight_layers
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.graph.runner import run_all
 from qwt_fx.inspect.inspection import inspect_rows, own_errors, scale_changes
-from qwt_fx.measure.block_quality import block_sqnr
 from qwt_fx.measure.layer_statistics import contributions, layer_statistics, weight_histograms
-from qwt_fx.measure.measure import clipped_share, sqnr_db
+from qwt_fx.measure.measure import block_sqnr, clipped_share, sqnr_db
 from qwt_fx.quant.layer_groups import weight_quantizer
 from qwt_fx.quant.quantizers import Quantizer, qparams, quantizer_at
 

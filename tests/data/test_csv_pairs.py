@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwt_fx.data.csv_pairs import read_csv
+from qwt_fx.data.imagefolder import read_csv
 from qwt_fx.data.samples import FilePair
 from qwt_fx.errors import DataError
 

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 import qwt_fx
 from qwt_fx import QuantConfig, api
 from qwt_fx.backends.onnx_runtime import onnx_runtime_session
-from qwt_fx.calibrate.observe_ranges import observe, set_mode
+from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.graph.pass_base import Pass
 from qwt_fx.passes import (
     ConvertToIntegers,
@@ -27,7 +27,7 @@ from qwt_fx.passes import (
     QuantizeEmbeddings,
     ReparameterizeLayerNorm,
 )
-from qwt_fx.quant.fake_quant import FakeQuant, Mode
+from qwt_fx.quant.fake_quant import FakeQuant, Mode, set_mode
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, symbolic_trace
 from toys import Tower, randomize, tokens
 
 from qwt_fx import QuantConfig, api
-from qwt_fx.graph.copies import copy_sharing_tensors
+from qwt_fx.graph.graph_source import copy_sharing_tensors
 
 
 class Tied(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import qwt_fx
-from qwt_fx.graph.graph import weight_layers
+from qwt_fx.graph.nodes import weight_layers
 from qwt_fx.graph.sample_ids import batch_axis, sample_ids
 from qwt_fx.numerics.hold_out import held_out_samples
 

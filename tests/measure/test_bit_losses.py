@@ -11,7 +11,7 @@ from toys import Tower, randomize
 
 import qwt_fx
 from qwt_fx import QuantConfig, api
-from qwt_fx.evaluate.nearest import NearestCaption, first_of_each
+from qwt_fx.evaluate.metrics import NearestCaption, first_of_each
 from qwt_fx.measure.bit_losses import INPUT, WEIGHT, BitLoss, measure_bits
 from qwt_fx.numerics.percentile_search import search
 from qwt_fx.numerics.qparams import QuantSpec, fake_quantize_affine

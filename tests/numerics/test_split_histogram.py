@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwt_fx.config.layer_settings import STRENGTHS
 from qwt_fx.numerics.histogram import Histogram
 from qwt_fx.numerics.qparams import QuantSpec, fake_quantize_affine
 from qwt_fx.numerics.range_search import search_range
-from qwt_fx.numerics.rescale_search import STRENGTHS, Rescale, choose_rescale
+from qwt_fx.numerics.rescale_search import Rescale, choose_rescale
 from qwt_fx.numerics.split_histogram import Halves
 
 CHANNELS = 48

@@ -31,12 +31,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx import api
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes, observe
+from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.evaluate.classifier import ClassifierQuantizer, class_weights
-from qwt_fx.graph.graph import LAYER_NORM, find_node, graph_info, tensor_of
+from qwt_fx.graph.aten import LAYER_NORM
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node, tensor_of
 from qwt_fx.graph.runner import run_all
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.quant.fake_quant import fake_quant_nodes, fake_quant_of
 
 NUDGES = 4  # nudged runs
 TEMPLATES = 4

@@ -12,14 +12,14 @@ from golden_files import COMMITTED, golden_batches, golden_towers
 from torch.fx import GraphModule
 
 from qwt_fx import api
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
 from qwt_fx.cli import main
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.demo.assets import write_files
 from qwt_fx.errors import DataError
-from qwt_fx.graph.graph import LAYER_NORM, graph_info, tensor_of
-from qwt_fx.quant.fake_quant import FakeQuant
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.graph.aten import LAYER_NORM
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import tensor_of
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_nodes, fake_quant_of
 
 both = pytest.mark.parametrize("compat", ["none", "original"])
 

@@ -13,25 +13,24 @@ from toys import WIDTH, Sequence, Tower, op_sequence, randomize, tokens
 
 import qwt_fx
 from qwt_fx import api
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.config.layer_settings import LayerRemedies
+from qwt_fx.config.layer_settings import LayerSettings
 from qwt_fx.config.recipes import recipe_for
 from qwt_fx.errors import DataError
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.passes import CalibrateLayers, InsertObservers
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.quant.fake_quant import fake_quant_nodes, fake_quant_of
 
 BATCHES = [tokens(16, 9, seed=s) for s in range(4)]
 EVALUATION = tokens(64, 9, seed=99)
-BEST = LayerRemedies()
+BEST = LayerSettings()
 _TOWER = randomize(Tower(2))
 WIDE = 128
 
 
 def _calibrated(
-    model: nn.Module, remedies: LayerRemedies = BEST, bits: int = 4, batches: Any = BATCHES
+    model: nn.Module, remedies: LayerSettings = BEST, bits: int = 4, batches: Any = BATCHES
 ) -> GraphModule:
     reference = _captured(model, batches[0])
     gm = copy.deepcopy(reference)

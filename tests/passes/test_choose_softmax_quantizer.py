@@ -10,13 +10,12 @@ from toys import Tower, randomize
 
 import qwt_fx
 from qwt_fx import QuantConfig, api
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
 from qwt_fx.errors import ConfigError, PassError
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2
 from qwt_fx.passes import ChooseSoftmaxQuantizer
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.quant.fake_quant import fake_quant_nodes, fake_quant_of
 
 WIDTH = 16
 BATCHES = [torch.randn(4, 9, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(2)]

@@ -13,21 +13,22 @@ from toys import Tower, randomize, tokens
 
 import qwt_fx
 from qwt_fx import api
-from qwt_fx.calibrate.block_compensation import CompensationSettings
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
+from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.config.layer_settings import LayerRemedies
+from qwt_fx.config.layer_settings import LayerSettings
 from qwt_fx.graph import runner
-from qwt_fx.graph.graph import LINEAR, graph_info, is_call, layer_name
+from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import is_call, layer_name
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.passes import CalibrateLayers, InsertCompensation, InsertObservers
-from qwt_fx.quant.fake_quant import FakeQuant
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_nodes
 
 KINDS = ("qwt", "lowrank:4", "int8", "affine")
 BATCHES = [tokens(32, 6, seed=s) for s in range(4)]
 FRESH = tokens(64, 6, seed=99)
 # Weights rounded to the nearest of 8 levels leave a compensation something to do.
-ROUGH = LayerRemedies(refit=False, rounding="nearest", bias_correction=False)
+ROUGH = LayerSettings(refit=False, rounding="nearest", bias_correction=False)
 
 
 def _graphs(blocks: int) -> tuple[GraphModule, GraphModule]:
@@ -94,7 +95,7 @@ def test_every_block_runs_once(target: str, monkeypatch: pytest.MonkeyPatch) -> 
         return execute(gm, node, env)
 
     monkeypatch.setattr(runner, "execute", counted)
-    remedies = LayerRemedies(fp_target=target == "fp")
+    remedies = LayerSettings(fp_target=target == "fp")
     settings = CompensationSettings("qwt", target)
     CalibrateLayers(reference, BATCHES, remedies, compensation=settings)(observed)
     blocks = {key: count for key, count in ran.items() if "blocks." in key[1]}

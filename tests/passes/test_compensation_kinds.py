@@ -9,14 +9,15 @@ from small_clip import small_model
 from toys import WIDTH, Block, Tower, op_sequence, randomize, tokens
 
 import qwt_fx
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes, observe
+from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.graph.graph import find_node, graph_info, layer_name, weight_layers
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node, layer_name, weight_layers
 from qwt_fx.graph.runner import Subgraph, start
 from qwt_fx.inspect.report import block_rows
 from qwt_fx.numerics.hold_out import held_out_samples
 from qwt_fx.passes import InsertCompensation
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.fake_quant import fake_quant_nodes, fake_quant_of, is_fake_quant
 from qwt_fx.quant.quantizers import compensation_bytes
 
 KINDS = ("qwt", "lowrank:4", "int8", "affine")

@@ -12,7 +12,8 @@ import qwt_fx
 from qwt_fx import api
 from qwt_fx.clip.clip import TextTower
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.passes import FixConstantTokens
 from qwt_fx.text.token_map import token_mask

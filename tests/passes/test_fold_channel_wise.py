@@ -5,11 +5,10 @@ import torch
 from toys import Tower, observed, randomize, tokens
 
 import qwt_fx
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.passes import FoldChannelWise, InsertObservers, ReparameterizeLayerNorm
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.quant.fake_quant import fake_quant_nodes, fake_quant_of
 
 
 def test_folds_what_reparameterization_made_equal_without_changing_a_bit() -> None:

@@ -12,7 +12,8 @@ import qwt_fx
 from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError, DataError, PreconditionError
-from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node
 from qwt_fx.graph.runner import Subgraph, run_all, start
 from qwt_fx.numerics.hold_out import held_out_samples
 from qwt_fx.passes import InsertCompensation

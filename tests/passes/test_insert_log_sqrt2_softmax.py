@@ -8,10 +8,11 @@ import qwt_fx
 from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph.graph import SOFTMAXES, is_call
+from qwt_fx.graph.aten import SOFTMAXES
+from qwt_fx.graph.nodes import is_call
 from qwt_fx.graph.runner import run_all
 from qwt_fx.passes import InsertLogSqrt2Softmax
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
+from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 
 
 def test_one_quantizer_per_softmax_and_the_function_is_unchanged() -> None:

@@ -6,11 +6,10 @@ from torch import Tensor, nn
 from toys import Sequence, Tower, op_sequence, randomize, tokens
 
 import qwt_fx
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
 from qwt_fx.passes import DecomposeAttention, InsertObservers
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.quant.fake_quant import fake_quant_nodes, fake_quant_of
 
 
 def test_prepared_graph_computes_the_very_same_floats() -> None:

@@ -10,16 +10,16 @@ from toys import Tower, randomize
 
 import qwt_fx
 from qwt_fx import QuantConfig, api
-from qwt_fx.calibrate.observe_ranges import observe, set_mode
+from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.errors import ConfigError, PassError
-from qwt_fx.graph.graph import graph_info, layer_name, weight_layers
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.measure.sensitivity import Sensitivity, measure_sensitivity
 from qwt_fx.passes import RaiseSensitiveLayers
 from qwt_fx.passes.raise_sensitive_layers import choose
-from qwt_fx.quant.fake_quant import Mode
+from qwt_fx.quant.fake_quant import Mode, fake_quant_of, is_fake_quant, set_mode
 from qwt_fx.quant.integer_layers import IntegerLayer, layers_to_lower
-from qwt_fx.quant.norms import fake_quant_of, is_fake_quant
 
 WIDTH = 16
 BATCHES = [torch.randn(8, 9, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(2)]

@@ -11,12 +11,11 @@ from torch.utils._pytree import tree_leaves
 from toys import Sequence, Tower, observed, op_sequence, randomize, tokens
 
 import qwt_fx
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes, observe, set_mode
+from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.passes import InsertObservers, ReparameterizeLayerNorm
-from qwt_fx.quant.fake_quant import Mode
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.quant.fake_quant import Mode, fake_quant_nodes, fake_quant_of, set_mode
 
 
 @given(seed=st.integers(0, 10_000), bits=st.sampled_from([4, 8]))

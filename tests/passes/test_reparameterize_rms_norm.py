@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from toys import observed, op_sequence, tokens
 
 import qwt_fx
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes, observe, set_mode
+from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.graph.graph import RMS_NORM, tensor_of
+from qwt_fx.graph.aten import RMS_NORM
+from qwt_fx.graph.nodes import tensor_of
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.numerics.qparams import QuantSpec, qparams_from_range
 from qwt_fx.passes import FoldChannelWise, InsertObservers, ReparameterizeLayerNorm
-from qwt_fx.quant.fake_quant import FakeQuant, Mode
-from qwt_fx.quant.norms import fake_quant_of
+from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_nodes, fake_quant_of, set_mode
 
 
 class _Model(nn.Module):

@@ -16,7 +16,8 @@ from toys import Tower, op_sequence, randomize, tokens
 import qwt_fx
 from qwt_fx import NotCalibratedError, QuantConfig
 from qwt_fx.errors import ConfigError, DataError, MissingExtraError, PreconditionError
-from qwt_fx.graph.graph import LINEAR, MATMULS, layer_name
+from qwt_fx.graph.aten import LINEAR, MATMULS
+from qwt_fx.graph.nodes import layer_name
 from qwt_fx.quant import torch_ao
 
 pytest.importorskip("torchao", reason="extra torchao is not installed")

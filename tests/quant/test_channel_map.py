@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 from toys import WIDTH, Block, Tower, randomize, tokens
 
 import qwt_fx
-from qwt_fx.graph.graph import layer_name, weight_layers
+from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.quant.channel_map import NotMapped, feeds_attention, value_map
 
 

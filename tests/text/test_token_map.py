@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 
 import qwt_fx
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node
 from qwt_fx.passes import DecomposeAttention
+from qwt_fx.quant.fake_quant import fake_quant_nodes
 from qwt_fx.text.token_ids import TokenMask
 from qwt_fx.text.token_map import token_mask
 

@@ -14,7 +14,8 @@ from zoo.measure import capture, run
 from zoo.models import END, START, ZOO, Entry
 
 import qwt_fx
-from qwt_fx.graph.graph import find_node, graph_info
+from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.graph.nodes import find_node
 from qwt_fx.text.token_map import TokenMask, token_mask
 
 TEXT = {e.name: e for e in ZOO if "text" in e.name.lower() or "Bert" in e.name}

@@ -16,16 +16,16 @@ from torch.fx import GraphModule
 import qwt_fx
 from qwt_fx import api
 from qwt_fx.artifact.graph_json import graph_from_json, graph_to_json
-from qwt_fx.calibrate.observe_ranges import fake_quant_nodes
 from qwt_fx.clip.clip import TextTower
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ArtifactError
 from qwt_fx.evaluate.evaluate import text_features
-from qwt_fx.graph.graph import graph_info
+from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.sample_ids import batch_axis
 from qwt_fx.passes import DecomposeAttention
+from qwt_fx.quant.fake_quant import fake_quant_nodes
 from qwt_fx.quant.integer_layers import IntegerLayer, layers_to_lower
-from qwt_fx.text.trim import trim
+from qwt_fx.text.text_length import trim
 
 START, END, CONTEXT = 49406, 49407, 12
 
