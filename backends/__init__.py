@@ -9,9 +9,9 @@ from typing import Any
 from torch.fx import GraphModule
 
 from qwt_fx.backends.base import Backend
-from qwt_fx.backends.cuda import Cuda
+from qwt_fx.backends.cuda.cuda import Cuda
 from qwt_fx.backends.eager import Eager
-from qwt_fx.backends.x86 import X86
+from qwt_fx.backends.x86.x86 import X86
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.measure.kernel_audit import LayerKernel
 

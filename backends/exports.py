@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx.backends.exported_program import save_aoti, save_pt2
-from qwt_fx.backends.onnx import export_onnx
-from qwt_fx.backends.onnx_layout import Storage
-from qwt_fx.backends.onnx_runtime import onnx_runtime_session
+from qwt_fx.backends.onnx.layout import Storage
+from qwt_fx.backends.onnx.onnx import export_onnx
+from qwt_fx.backends.onnx.onnx_runtime import onnx_runtime_session
 from qwt_fx.errors import ConfigError, OutputError
 from qwt_fx.quant import torch_ao
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.backends.int8_gemm import INT8_LINEAR
+from qwt_fx.backends.cuda.int8_gemm import INT8_LINEAR
 from qwt_fx.errors import PreconditionError
 from qwt_fx.graph.aten import CONVOLUTIONS, LAYER_NORM, LINEAR, MATMULS, RMS_NORM
 from qwt_fx.graph.edits import add_tensor

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.activations import fused_activation
-from qwt_fx.backends.int8_gemm import (
+from qwt_fx.backends.cuda.int8_gemm import (
     INT8_LINEAR,
     INT_MM,
     INT_MM_MULTIPLE,
     LONGEST_SUM,
     TRITON,
 )
-from qwt_fx.backends.row_products import why_no_row_product
+from qwt_fx.backends.x86.row_products import why_no_row_product
 from qwt_fx.graph.aten import LINEAR
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.nodes import is_call, tensor_of

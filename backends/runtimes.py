@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.compiled import compile_graph
 from qwt_fx.backends.exports import SUFFIXES, export_graph, runner_of
-from qwt_fx.backends.onnx_runtime import audit, onnx_runtime_session
-from qwt_fx.backends.openvino_runtime import openvino_model
+from qwt_fx.backends.onnx.onnx_runtime import audit, onnx_runtime_session
+from qwt_fx.backends.onnx.openvino_runtime import openvino_model
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.measure.kernel_audit import LayerKernel

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
-from qwt_fx.commands.pipeline import TOWERS, Evaluation, capture_towers, quantize_towers
+from qwt_fx.commands.quantize.pipeline import TOWERS, Evaluation, capture_towers, quantize_towers
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.classes import resolve

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from qwt_fx import api
 from qwt_fx.backends.compiled import compile_graph
-from qwt_fx.backends.onnx_runtime import onnx_runtime_session
-from qwt_fx.backends.openvino_runtime import openvino_model
+from qwt_fx.backends.onnx.onnx_runtime import onnx_runtime_session
+from qwt_fx.backends.onnx.openvino_runtime import openvino_model
 from qwt_fx.clip.clip import ImageTower, TextTower
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.graph.graph_info import graph_info

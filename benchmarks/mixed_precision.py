@@ -32,8 +32,8 @@ from common import (
 from tabulate import tabulate
 
 from qwt_fx.cli import main as qwt_fx_main
-from qwt_fx.commands.pipeline import TOWERS, quantize_towers
-from qwt_fx.commands.quantize import save_clip
+from qwt_fx.commands.quantize.pipeline import TOWERS, quantize_towers
+from qwt_fx.commands.quantize.quantize import save_clip
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.evaluate.evaluate import ZeroShot
 from qwt_fx.evaluate.metrics import mcnemar, paired_drop_interval

@@ -24,7 +24,7 @@ from common import RESULTS, SCREEN, machine, write_results
 from tabulate import tabulate
 
 from qwt_fx.clip import clip
-from qwt_fx.commands.pipeline import capture_towers, quantize_towers
+from qwt_fx.commands.quantize.pipeline import capture_towers, quantize_towers
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.data import load_calibration
 from qwt_fx.data.retrieval_data import RetrievalReader

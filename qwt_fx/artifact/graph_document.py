@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from qwt_fx.artifact import graph_args
 from qwt_fx.artifact.allowed_operators import OPERATORS
-from qwt_fx.artifact.graph_json import info_from_json
+from qwt_fx.artifact.graph_info_json import info_from_json
 from qwt_fx.artifact.graph_tensors import Attribute, Stored, parse_attributes, parse_tensors
 from qwt_fx.artifact.json_values import shown
 from qwt_fx.artifact.structure import spec_from_json

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +12,11 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from qwt_fx.artifact import graph_args
 from qwt_fx.artifact.allowed_operators import NAMES
 from qwt_fx.artifact.graph_document import NODE_OPS, SCHEMA, Document, parse_document
+from qwt_fx.artifact.graph_info_json import info_to_json
 from qwt_fx.artifact.graph_tensors import describe_tensors, register
-from qwt_fx.artifact.json_values import plain, restored, shown
 from qwt_fx.artifact.structure import spec_to_json
 from qwt_fx.errors import ArtifactError
-from qwt_fx.graph.graph_info import Block, GraphInfo, graph_info, has_graph_info, set_graph_info
+from qwt_fx.graph.graph_info import has_graph_info, set_graph_info
 from qwt_fx.graph.graph_source import forget_source_with
 
 
@@ -117,65 +115,3 @@ def build(document: Document, tensors: Mapping[str, Tensor]) -> GraphModule:
         set_graph_info(gm, document.info)
     gm.eval()
     return gm
-
-
-_TEXT = re.compile(r"[\x20-\x7e]{1,1000}")
-
-
-def info_to_json(gm: GraphModule) -> dict[str, Any]:
-    """The records of a graph as JSON values.
-
-    Raises `ArtifactError` for a graph marked as one that cannot be stored, and for values that JSON
-    cannot hold.
-    """
-    info = graph_info(gm)
-    if info.unstorable is not None:
-        raise ArtifactError(f"the graph cannot be saved: {info.unstorable}")
-    entry: dict[str, Any] = plain(dataclasses.asdict(info), "info")
-    return entry
-
-
-def info_from_json(value: Any) -> GraphInfo:
-    """Records from JSON values; a missing key has its default.
-
-    Raises `ArtifactError` for unknown keys, values of another kind, malformed blocks and a graph
-    that is marked as one that cannot be stored.
-    """
-    if not isinstance(value, dict):
-        raise ArtifactError("info: wanted a JSON object")
-    defaults = GraphInfo()
-    known = {f.name for f in dataclasses.fields(GraphInfo)}
-    if unknown := set(value) - known:
-        raise ArtifactError(
-            f"info: unknown key {shown(min(unknown))}: a newer qwt-fx may read it: "
-            "pip install --upgrade qwt-fx"
-        )
-    entry = restored(value, "info")
-    for key, content in entry.items():
-        kind = type(getattr(defaults, key))
-        if kind is not type(None) and not isinstance(content, kind):
-            raise ArtifactError(f"info: {key}: got {shown(content)}, wanted a {kind.__name__}")
-    if entry.get("unstorable") is not None:
-        raise ArtifactError("info: the graph is marked as one that cannot be stored")
-    _check_length(entry)
-    if "blocks" in entry:
-        entry["blocks"] = [_block(block) for block in entry["blocks"]]
-    return GraphInfo(**entry)
-
-
-def _check_length(entry: dict[str, Any]) -> None:
-    end, context = entry.get("end_of_text"), entry.get("context_length")
-    if end is not None and not (isinstance(end, str) and _TEXT.fullmatch(end)):
-        raise ArtifactError(f"info: end_of_text: got {shown(end)}, wanted a node's name")
-    positive = type(context) is int and context > 0
-    if (end is None) != (context is None) or (context is not None and not positive):
-        raise ArtifactError(f"info: context_length: got {shown(context)}, end_of_text {shown(end)}")
-
-
-def _block(value: Any) -> Block:
-    wanted = {f.name for f in dataclasses.fields(Block)}
-    if not isinstance(value, dict) or set(value) != wanted:
-        raise ArtifactError(f"info: blocks: got {shown(value)}, wanted {', '.join(sorted(wanted))}")
-    if not all(isinstance(v, str) and _TEXT.fullmatch(v) for v in value.values()):
-        raise ArtifactError(f"info: blocks: {shown(value)}: wanted short texts")
-    return Block(**value)

@@ -15,7 +15,7 @@ from qwt_fx.backends.runtimes import INTEGER, Prepared, Source, runtime_for
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, add_model, positive
-from qwt_fx.commands.pipeline import TOWERS
+from qwt_fx.commands.quantize.pipeline import TOWERS
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.errors import ConfigError
 from qwt_fx.inspect.report import SCHEMA, peak_rss_bytes

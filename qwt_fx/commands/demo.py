@@ -16,14 +16,14 @@ from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, natural
-from qwt_fx.commands.pipeline import (
+from qwt_fx.commands.quantize.pipeline import (
     Evaluation,
     QuantizedClip,
     capture_towers,
     metrics_of,
     quantize_towers,
 )
-from qwt_fx.commands.quantize import calibration_entry, fp32_bytes, save_clip
+from qwt_fx.commands.quantize.quantize import calibration_entry, fp32_bytes, save_clip
 from qwt_fx.commands.screen import Screen, decibels, megabytes, percent
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.classes import resolve

@@ -19,11 +19,11 @@ from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, add_eval, add_model, natural, positive
 from qwt_fx.commands.inputs import device_of, load_model, open_evaluation, open_retrieval
-from qwt_fx.commands.partial_run import PartialRun
-from qwt_fx.commands.pipeline import TOWERS, Evaluation, metrics_of
+from qwt_fx.commands.quantize.partial_run import PartialRun
+from qwt_fx.commands.quantize.pipeline import TOWERS, Evaluation, metrics_of
+from qwt_fx.commands.quantize.run_identity import run_identity
 from qwt_fx.commands.results import finish, kept_report, require_data, require_target
 from qwt_fx.commands.retrieval import Retrieval, with_retrieval
-from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError

@@ -11,13 +11,13 @@ from qwt_fx import api
 from qwt_fx.artifact.artifact import read_artifact
 from qwt_fx.artifact.output import PREPROCESS, OutputDirectory, write_text_atomic
 from qwt_fx.backends.exports import PACKS, SUFFIXES, check_format
-from qwt_fx.backends.onnx_layout import int8_changes_weights
-from qwt_fx.backends.onnx_runtime import audit
+from qwt_fx.backends.onnx.layout import int8_changes_weights
+from qwt_fx.backends.onnx.onnx_runtime import audit
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_calibration, add_common, add_model
 from qwt_fx.commands.inputs import load_batches, load_model
-from qwt_fx.commands.pipeline import TOWERS
+from qwt_fx.commands.quantize.pipeline import TOWERS
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.commands.verify import Pairs, noise_batches, verify
 from qwt_fx.errors import ConfigError, MissingExtraError

@@ -15,7 +15,7 @@ from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import samples_of
-from qwt_fx.commands.pipeline import Evaluation
+from qwt_fx.commands.quantize.pipeline import Evaluation
 from qwt_fx.commands.retrieval import Retrieval
 from qwt_fx.commands.screen import Screen
 from qwt_fx.data.classes import ClassPrompts, resolve

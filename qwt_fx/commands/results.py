@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qwt_fx.commands.run_identity import existing_report
+from qwt_fx.commands.quantize.run_identity import existing_report
 from qwt_fx.commands.screen import ACCURACY_HEADERS, Screen, accuracy_rows
 from qwt_fx.errors import ConfigError
 from qwt_fx.evaluate.clip_benchmark import RETRIEVAL, ZERO_SHOT, check_template, write_documents

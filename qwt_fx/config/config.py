@@ -137,8 +137,8 @@ class QuantConfig:
         token_masks: where text positions that provably cannot influence the output are left out:
             "none", "regression" (of all least squares), "all" (ranges too).
 
-    The remedies of `best`, each alone (see `config.layer_settings`); "auto", the default of every one, is
-    the recipe's choice.
+    The remedies of `best`, each alone (see `config.layer_settings`); "auto", the default of every one,
+    is the recipe's choice.
 
     Attributes:
         ranges: from all batches, what disturbs the layers' "output" least, or the "tensor" itself;

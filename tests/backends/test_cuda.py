@@ -17,7 +17,7 @@ from toys import Tower, randomize, tokens
 import qwt_fx
 from qwt_fx import QuantConfig
 from qwt_fx.backends import backend_for
-from qwt_fx.backends.int8_gemm import INT8_LINEAR
+from qwt_fx.backends.cuda.int8_gemm import INT8_LINEAR
 from qwt_fx.clip.clip import ImageTower, TextTower
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.measure.measure import sqnr_db

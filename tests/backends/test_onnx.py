@@ -24,7 +24,7 @@ from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from qwt_fx.backends.onnx_runtime import audit, onnx_runtime_session  # noqa: E402
+from qwt_fx.backends.onnx.onnx_runtime import audit, onnx_runtime_session  # noqa: E402
 
 CONTEXT = 12
 
@@ -290,7 +290,7 @@ def test_without_the_extra_export_names_it(
 def test_without_the_extras_runtimes_name_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwt_fx.backends.openvino_runtime import openvino_model
+    from qwt_fx.backends.onnx.openvino_runtime import openvino_model
 
     for package in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -302,7 +302,7 @@ def test_without_the_extras_runtimes_name_them(
 
 def test_openvino_computes_from_integers_and_agrees(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    from qwt_fx.backends.openvino_runtime import openvino_model
+    from qwt_fx.backends.onnx.openvino_runtime import openvino_model
 
     # 7 bits: no CPU can overflow.
     q, batch = quantized("image", recipe="best", w_bits=7)

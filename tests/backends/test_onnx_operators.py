@@ -15,7 +15,7 @@ from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
 
 onnxruntime = pytest.importorskip("onnxruntime")
-from qwt_fx.backends.onnx_operators import OPSET, translations  # noqa: E402
+from qwt_fx.backends.onnx.operators import OPSET, translations  # noqa: E402
 
 
 class PerTensor(nn.Module):

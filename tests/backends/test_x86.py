@@ -15,9 +15,9 @@ from toys import Tower, randomize, tokens
 
 import qwt_fx
 from qwt_fx import QuantConfig
-from qwt_fx.backends import saturation
 from qwt_fx.backends.compiled import compile_graph
-from qwt_fx.backends.saturation import QLINEAR
+from qwt_fx.backends.x86 import saturation
+from qwt_fx.backends.x86.saturation import QLINEAR
 from qwt_fx.clip.towers import TextTower
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.graph.graph_info import graph_info

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qwt_fx.backends import int8_triton
+from qwt_fx.backends.cuda import int8_triton
 
 POINTERS = {
     "codes": "*i8", "weight": "*i8", "scale": "*fp32", "offset": "*i32", "bias": "*fp32",

@@ -10,9 +10,9 @@ import pytest
 from small_files import write_small_clip
 
 from qwt_fx.cli import main
-from qwt_fx.commands import bit_search
 from qwt_fx.commands.config_text import config_text
-from qwt_fx.commands.sensitivity import size
+from qwt_fx.commands.sensitivity import bit_search
+from qwt_fx.commands.sensitivity.sensitivity import size
 from qwt_fx.config.config import QuantConfig
 
 SEARCH = ["--statistics-samples", "8", "--candidates", "4,8", "--quiet"]

@@ -22,19 +22,19 @@ from torch.distributed import TCPStore
 
 import qwt_fx.artifact.artifact
 import qwt_fx.commands.inputs
-import qwt_fx.commands.quantize
+import qwt_fx.commands.quantize.quantize
 from qwt_fx import api, cli
 from qwt_fx.calibrate.block_compensation import BlockCompensation
 from qwt_fx.checkpoint.journal import StoredJournal
-from qwt_fx.commands.pipeline import Evaluation
-from qwt_fx.commands.tower_checkpoints import _Stored
+from qwt_fx.commands.quantize.pipeline import Evaluation
+from qwt_fx.commands.quantize.tower_checkpoints import _Stored
 
 LIMIT = 300.0
 NOBODY = 65534
 
 # Where a run is: (object, name of the function that begins the phase).
 PHASES: dict[str, tuple[Any, str]] = {
-    "load": (qwt_fx.commands.quantize, "load_model"),
+    "load": (qwt_fx.commands.quantize.quantize, "load_model"),
     "read": (qwt_fx.commands.inputs, "load_calibration"),
     "capture": (api, "capture"),
     "calibrate": (api, "calibrate"),
@@ -47,7 +47,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "evaluate": (Evaluation, "quantized"),
     "save": (qwt_fx.artifact.artifact, "save_file"),
     "index": (qwt_fx.artifact.artifact, "index_document"),
-    "report": (qwt_fx.commands.quantize, "write_text_atomic"),
+    "report": (qwt_fx.commands.quantize.quantize, "write_text_atomic"),
     "commit": (os, "rename"),
 }
 

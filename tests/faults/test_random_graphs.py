@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import qwt_fx
 from qwt_fx import QuantConfig, api
-from qwt_fx.backends.onnx_runtime import onnx_runtime_session
+from qwt_fx.backends.onnx.onnx_runtime import onnx_runtime_session
 from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.graph.pass_base import Pass
 from qwt_fx.passes import (

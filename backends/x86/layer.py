@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.backends import saturation
 from qwt_fx.backends.packed_weight import PackedWeight
-from qwt_fx.backends.row_products import why_no_row_product
-from qwt_fx.backends.saturation import QLINEAR
+from qwt_fx.backends.x86 import saturation
+from qwt_fx.backends.x86.row_products import why_no_row_product
+from qwt_fx.backends.x86.saturation import QLINEAR
 from qwt_fx.graph.aten import LINEAR
 from qwt_fx.graph.edits import add_module, add_tensor
 from qwt_fx.graph.nodes import tensor_of

@@ -20,8 +20,8 @@ from qwt_fx.artifact.artifact import read_artifact
 from qwt_fx.artifact.artifact_index import INDEX
 from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.checkpoint.feature_store import FeatureStore
-from qwt_fx.commands.pipeline import QuantizedClip
-from qwt_fx.commands.tower_checkpoints import TowerCheckpoints
+from qwt_fx.commands.quantize.pipeline import QuantizedClip
+from qwt_fx.commands.quantize.tower_checkpoints import TowerCheckpoints
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 
 _STATE = "calibrated.json"

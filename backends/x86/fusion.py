@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.activations import QUICK_GELU_FACTOR, fused_activation
-from qwt_fx.backends.saturation import QLINEAR
+from qwt_fx.backends.x86.saturation import QLINEAR
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.nodes import is_call, tensor_of
 from qwt_fx.quant import torch_ao

@@ -20,12 +20,17 @@ from qwt_fx.commands.arguments import (
     quant_config,
     towers_of,
 )
-from qwt_fx.commands.bit_search import BitSearch, SearchState, Trial, candidates
-from qwt_fx.commands.bit_search_output import found_config, report_text, show_losses, show_trials
 from qwt_fx.commands.inputs import load_batches, load_model
-from qwt_fx.commands.pipeline import capture_towers
-from qwt_fx.commands.run_identity import run_identity
+from qwt_fx.commands.quantize.pipeline import capture_towers
+from qwt_fx.commands.quantize.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.sensitivity.bit_search import BitSearch, SearchState, Trial, candidates
+from qwt_fx.commands.sensitivity.bit_search_output import (
+    found_config,
+    report_text,
+    show_losses,
+    show_trials,
+)
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import CheckFailed, ConfigError
 from qwt_fx.measure.bit_losses import WEIGHT, BitLoss

@@ -13,7 +13,7 @@ from qwt_fx.commands.arguments import (
     add_model,
     add_quant,
 )
-from qwt_fx.commands.inspect_data import Subject, gather, open_subject
+from qwt_fx.commands.inspect.inspect_data import Subject, gather, open_subject
 from qwt_fx.commands.screen import Screen
 from qwt_fx.errors import ConfigError
 from qwt_fx.inspect.page.data import STAGES, PageData, TowerData

@@ -27,19 +27,19 @@ from qwt_fx.commands.arguments import (
     towers_of,
 )
 from qwt_fx.commands.inputs import deal_batches, load_model, open_evaluation, open_retrieval
-from qwt_fx.commands.partial_run import ACTIVATIONS, PartialRun
-from qwt_fx.commands.pipeline import (
+from qwt_fx.commands.quantize.partial_run import ACTIVATIONS, PartialRun
+from qwt_fx.commands.quantize.pipeline import (
     QuantizedClip,
     calibration_sqnr,
     capture_towers,
     metrics_of,
     quantize_towers,
 )
+from qwt_fx.commands.quantize.run_identity import run_identity
+from qwt_fx.commands.quantize.tower_checkpoints import TowerCheckpoints
 from qwt_fx.commands.results import finish, kept_report
 from qwt_fx.commands.retrieval import with_retrieval
-from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
-from qwt_fx.commands.tower_checkpoints import TowerCheckpoints
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.classes import ClassPrompts
 from qwt_fx.data.data import CalibrationData

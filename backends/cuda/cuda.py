@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from qwt_fx.backends.cuda.int8_gemm import GEMMS, INT8_LINEAR, INT_MM, INT_MM_ROWS, TRITON
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.float_precision import cast_floating
-from qwt_fx.backends.int8_gemm import GEMMS, INT8_LINEAR, INT_MM, INT_MM_ROWS, TRITON
 from qwt_fx.backends.int8_lowering import (
     LAYERS,
     Int8Lowering,

@@ -10,9 +10,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.eager import Eager
-from qwt_fx.backends.saturation import QLINEAR
-from qwt_fx.backends.x86_fusion import FUSED, fuse_quantizers
-from qwt_fx.backends.x86_layer import PARTS, QLINEAR_ADD, LayerLowering, why_not
+from qwt_fx.backends.x86.fusion import FUSED, fuse_quantizers
+from qwt_fx.backends.x86.layer import PARTS, QLINEAR_ADD, LayerLowering, why_not
+from qwt_fx.backends.x86.saturation import QLINEAR
 from qwt_fx.errors import PreconditionError
 from qwt_fx.graph.nodes import compute_nodes, is_call, layer_name
 from qwt_fx.graph.pass_base import clean_up

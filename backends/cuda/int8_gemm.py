@@ -87,7 +87,7 @@ def _by_triton(*operands: Any) -> Tensor:
         raise MissingExtraError(
             "the cuda backend's kernel needs Triton, which is not installed: pip install triton"
         )
-    from qwt_fx.backends.int8_triton import launch
+    from qwt_fx.backends.cuda.int8_triton import launch
 
     result: Tensor = launch(*operands)
     return result

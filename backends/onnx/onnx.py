@@ -1,6 +1,6 @@
 """Exports a converted graph to ONNX: QDQ nodes, integer initializers, a dynamic batch.
 
-What ONNX Runtime does with the file is read back by `qwt_fx.backends.onnx_runtime.audit`.
+What ONNX Runtime does with the file is read back by `qwt_fx.backends.onnx.onnx_runtime.audit`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx.backends.exported_program import check_exportable, export_program
-from qwt_fx.backends.onnx_layout import Layout, Storage, lay_out
-from qwt_fx.backends.onnx_runtime import LAYERS_KEY
+from qwt_fx.backends.onnx.layout import Layout, Storage, lay_out
+from qwt_fx.backends.onnx.onnx_runtime import LAYERS_KEY
 from qwt_fx.errors import MissingExtraError, PreconditionError
 from qwt_fx.graph.aten import SDPA
 from qwt_fx.graph.nodes import compute_nodes, layer_name
@@ -61,7 +61,7 @@ def export_onnx(
     converted, cannot be stored, or that the exporter cannot translate.
     """
     require_onnx()
-    from qwt_fx.backends.onnx_model import drop_traces, name_products, store_weights
+    from qwt_fx.backends.onnx.model import drop_traces, name_products, store_weights
 
     check_exportable(quantized, example_inputs)
     storage = storage or Storage()
@@ -86,7 +86,7 @@ def _translate(
 ) -> Any:
     import torch.onnx
 
-    from qwt_fx.backends.onnx_operators import OPSET, OPSET_INT4, translations
+    from qwt_fx.backends.onnx.operators import OPSET, OPSET_INT4, translations
 
     exported = export_program(layout.graph_module, example_inputs)
     opset = OPSET_INT4 if storage.int4 else OPSET

@@ -10,9 +10,9 @@ from dataclasses import asdict
 
 import torch
 
-from qwt_fx.commands.bit_search import BitSearch, Trial
 from qwt_fx.commands.config_text import config_text
 from qwt_fx.commands.screen import Screen, percent
+from qwt_fx.commands.sensitivity.bit_search import BitSearch, Trial
 from qwt_fx.inspect.report import SCHEMA
 from qwt_fx.measure.bit_losses import INPUT, WEIGHT, BitLoss
 from qwt_fx.measure.mixed_precision import Choice, by_operand, narrowest, weight_bytes

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwt_fx.backends.onnx_runtime import LAYERS_KEY
+from qwt_fx.backends.onnx.onnx_runtime import LAYERS_KEY
 from qwt_fx.errors import ArtifactError, MissingExtraError
 from qwt_fx.measure.kernel_audit import LayerKernel
 

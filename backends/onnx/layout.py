@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from qwt_fx.backends.row_products import why_no_row_product
+from qwt_fx.backends.x86.row_products import why_no_row_product
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.graph.aten import SDPA
 from qwt_fx.graph.edits import add_tensor

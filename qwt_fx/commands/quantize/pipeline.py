@@ -22,8 +22,8 @@ from qwt_fx.batches.value_store import ValueStore
 from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.clip.clip import ClipModel
+from qwt_fx.commands.quantize.tower_checkpoints import FinishedTower, TowerCheckpoints
 from qwt_fx.commands.screen import Screen
-from qwt_fx.commands.tower_checkpoints import FinishedTower, TowerCheckpoints
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.recipes import recipe_for
 from qwt_fx.data.classes import ClassPrompts

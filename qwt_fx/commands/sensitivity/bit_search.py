@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from qwt_fx import api
 from qwt_fx.artifact.artifact import write_artifact
 from qwt_fx.artifact.output import write_text_atomic
-from qwt_fx.commands.pipeline import TOWERS, config_of_tower
+from qwt_fx.commands.quantize.pipeline import TOWERS, config_of_tower
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import FLOAT_BITS, QuantConfig
 from qwt_fx.config.recipes import recipe_for

@@ -21,11 +21,16 @@ from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import quant_config, towers_of
 from qwt_fx.commands.inputs import load_batches, load_model
-from qwt_fx.commands.inspect_measure import kernels_of, latency_of, moved_ranges
-from qwt_fx.commands.pipeline import TOWERS, capture_towers, config_of_tower, quantize_towers
-from qwt_fx.commands.quantize import save_clip
+from qwt_fx.commands.inspect.inspect_measure import kernels_of, latency_of, moved_ranges
+from qwt_fx.commands.quantize.pipeline import (
+    TOWERS,
+    capture_towers,
+    config_of_tower,
+    quantize_towers,
+)
+from qwt_fx.commands.quantize.quantize import save_clip
+from qwt_fx.commands.quantize.run_identity import run_identity
 from qwt_fx.commands.reproduce import command_line
-from qwt_fx.commands.run_identity import run_identity
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
