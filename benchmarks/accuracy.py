@@ -39,20 +39,20 @@ MAIN: dict[str, dict[str, Any]] = {
 }
 REMEDIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # remedy: (what adds it to RepQ-ViT, what takes it from best)
-    "token masks (W4)": ({"token_masks": "regression"}, {"token_masks": "none"}),
-    "start token (W5)": ({}, {"constant_tokens": False}),
-    "searched reparameterization (W5)": (
+    "token masks": ({"token_masks": "regression"}, {"token_masks": "none"}),
+    "start token": ({}, {"constant_tokens": False}),
+    "searched reparameterization": (
         {"reparameterization": "search"},
         {"reparameterization": 1.0},
     ),
-    "positions' scales (W5)": ({"token_scales": True}, {"token_scales": False}),
-    "output ranges (W6)": ({"ranges": "output"}, {"ranges": "tensor"}),
-    "GPTQ (W7)": ({"rounding": "gptq"}, {"rounding": "nearest"}),
-    "refit (W7)": ({"refit": True, "bias_correction": True}, {"refit": False}),
-    "bias correction (W7)": ({"bias_correction": True}, {"bias_correction": False}),
-    "value scales (W8)": ({"fold_values": True}, {"fold_values": False}),
+    "positions' scales": ({"token_scales": True}, {"token_scales": False}),
+    "output ranges": ({"ranges": "output"}, {"ranges": "tensor"}),
+    "GPTQ": ({"rounding": "gptq"}, {"rounding": "nearest"}),
+    "refit": ({"refit": True, "bias_correction": True}, {"refit": False}),
+    "bias correction": ({"bias_correction": True}, {"bias_correction": False}),
+    "value scales": ({"fold_values": True}, {"fold_values": False}),
     "input scales": ({"input_scales": True}, {"input_scales": False}),
-    "FP-path target (W3)": ({}, {"target": "local"}),
+    "FP-path target": ({}, {"target": "local"}),
     "symmetric weights": ({"symmetric_weights": True}, {"symmetric_weights": False}),
 }
 EVERY_TOKEN = 1_000_000  # for each input channel: more than there are

@@ -4,12 +4,12 @@ The floating-point graph and the quantized one advance in step, group by group o
 one value. With x the value on the quantized path, x_fp on the floating-point path:
 
 1. histograms of x; where a norm makes x, or attention's values become x, the differences between its
-   channels move into the weights as far as that lowers the output's error (W5, W8);
-2. the range of x that disturbs the layers' output least (W6);
+   channels move into the weights as far as that lowers the output's error;
+2. the range of x that disturbs the layers' output least;
 3. the layer's weight and bias move to least squares of what the output should be, W x_fp + b, on the
    QUANTIZED x, with a ridge that held-out samples choose (ERQ, arXiv 2407.06794; the target of
    GPTAQ, arXiv 2504.02692). A layer that adds to a residual stream repairs what the stream misses;
-4. the weights are rounded by GPTQ on the same sums (W7), and the bias takes the mean error.
+4. the weights are rounded by GPTQ on the same sums, and the bias takes the mean error.
 
 Behind a block whose layers are done, the block may be compensated.
 """

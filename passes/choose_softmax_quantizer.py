@@ -1,4 +1,4 @@
-"""Uniform or log-sqrt2 codes for each softmax output, whichever the values suffer less from (W10)."""
+"""Uniform or log-sqrt2 codes for each softmax output, whichever the values suffer less from."""
 
 from __future__ import annotations
 

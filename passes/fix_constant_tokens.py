@@ -1,4 +1,4 @@
-"""Keeps keys and values of the start token in floating point (method W5).
+"""Keeps keys and values of the start token in floating point.
 
 Under a causal mask position 0 sees only itself, and every text begins with the same start token. Its
 keys and values are then constants of each layer, often extreme ones: they are put into the graph, and

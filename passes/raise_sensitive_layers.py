@@ -1,4 +1,4 @@
-"""8 bits for the layers whose quantization hurts the output most, under a stated budget (W8, W11)."""
+"""8 bits for the layers whose quantization hurts the output most, under a stated budget."""
 
 from __future__ import annotations
 

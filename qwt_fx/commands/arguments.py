@@ -104,7 +104,7 @@ def _plain_value(text: str) -> object:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL (contract 1.1)."""
+    """The MODEL flags."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME|FILE.json", help="open_clip name or config JSON")
     group.add_argument("--pretrained", metavar="TAG|FILE", help="open_clip tag or checkpoint file")
@@ -123,7 +123,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """CALIBRATION (contract 1.2)."""
+    """The CALIBRATION flags."""
     group = parser.add_argument_group("calibration")
     group.add_argument("--train-data", metavar="SPEC", help="shards, brace ranges, :: joined")
     group.add_argument(
@@ -139,7 +139,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quant(parser: argparse.ArgumentParser) -> None:
-    """QUANT (contract 1.3)."""
+    """The QUANT flags."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--choice", choices=tuple(CHOICES), help="default all_quant")
     group.add_argument("--towers", choices=tuple(TOWER_SETS))
@@ -185,7 +185,7 @@ def add_quant(parser: argparse.ArgumentParser) -> None:
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
-    """EVAL (contract 1.4)."""
+    """The EVAL flags."""
     group = parser.add_argument_group("evaluation")
     group.add_argument("--imagenet-val", metavar="DIR", help="class folders with images")
     group.add_argument("--classnames", metavar="FILE", help="one per line, sorted-folder order")

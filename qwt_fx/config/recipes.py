@@ -17,14 +17,14 @@ class Recipe:
     Attributes:
         compensation: a kind of compensation, or "none".
         mask_ranges, mask_regression: leave text positions that provably cannot matter out of the
-            quantizers' ranges / of all least squares (W4).
-        held_out: judge each compensation on held-out samples and choose its ridge there (W1, W2);
+            quantizers' ranges / of all least squares.
+        held_out: judge each compensation on held-out samples and choose its ridge there;
             otherwise minimum-norm least squares judged on the samples that fitted it.
         half_compensation: store compensation weights in half precision.
-        target: "local" or "fp" (W3).
+        target: "local" or "fp".
         layers: what is done to each layer with all batches at hand; `None` is the published
             procedure: ranges from the first batch, weights rounded to nearest.
-        constant_tokens: keep the start token's keys and values in floating point (W5).
+        constant_tokens: keep the start token's keys and values in floating point.
         embedding_bits: of embedding tables, 8 or 32.
     """
 

@@ -2,7 +2,7 @@
 
 The error of an input quantizer as its layer sees it is ||(Q(X) - X) W^T||^2. Rounding errors of
 different channels are nearly uncorrelated, so it is the sum over channels of the squared error times
-||W_c||^2, and a histogram per channel is all that it takes (method W6: ranges from all batches, the
+||W_c||^2, and a histogram per channel is all that it takes (ranges from all batches, the
 extremes among the candidates, the output's error as the objective).
 """
 

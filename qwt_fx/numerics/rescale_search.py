@@ -1,4 +1,4 @@
-"""How much of the differences between channels to move into the weights (method W5).
+"""How much of the differences between channels to move into the weights.
 
 RepQ-ViT moves all of it, r = s / mean(s). One channel a hundred times larger than the rest then makes
 one column of the weight a hundred times larger, and the rows' quantizers lose that much. Here

@@ -1,4 +1,4 @@
-"""Rounds a linear's weight to integers so that its OUTPUT changes least (method W7).
+"""Rounds a linear's weight to integers so that its OUTPUT changes least (GPTQ, arXiv 2210.17323).
 
 With H = E[x x^T] of the layer's quantized input, the error of rounded weights W_q is
 tr((W_q - W) H (W_q - W)^T). GPTQ (arXiv 2210.17323) rounds one input channel after another and

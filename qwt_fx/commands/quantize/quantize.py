@@ -202,7 +202,7 @@ def _calibrate(
     checkpoints: TowerCheckpoints,
 ) -> tuple[QuantizedClip, dict[str, Any]]:
     """The quantized towers, saved in `folder` if any, and the report's entries about their making."""
-    # The original reads one batch more when it quantizes both towers (QwT quirk 19).
+    # The original reads one batch more when it quantizes both towers.
     extra = 1 if config.compat == "original" and len(towers) == 2 else 0
     # Each process has files of its own; those of the first lie where the run lies.
     files = None if folder is None else folder / ACTIVATIONS
