@@ -18,7 +18,8 @@ class LayerSettings:
             constant per channel, if that leaves at most 0.7 of the output's error; below 8 bits only.
         refit: refit each weight by ridge regression on its quantized input (ERQ, arXiv 2407.06794).
         fp_target: aim at the floating-point path's output, and at the residual stream where the
-            layer adds to one, instead of the layer's own output on the quantized path's input (GPTAQ, arXiv 2504.02692).
+            layer adds to one, instead of the layer's own output on the quantized path's input
+            (GPTAQ, arXiv 2504.02692).
         rounding: "gptq" (arXiv 2210.17323) or "nearest".
         bias_correction: let the bias take the mean error.
         symmetric_weights: zero point of weights fixed at 2^(bits - 1), as integer kernels want it.
