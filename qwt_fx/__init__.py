@@ -5,6 +5,7 @@ RepQ-ViT (arXiv 2212.08254) and QwT (arXiv 2411.13918) as passes over `torch.fx`
 
 from __future__ import annotations
 
+from qwt_fx import clip
 from qwt_fx.api import (
     calibrate,
     capture,
@@ -22,7 +23,6 @@ from qwt_fx.api import (
     report,
     save,
 )
-from qwt_fx.clip import clip
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import NotCalibratedError, QwtError
 from qwt_fx.version import __version__

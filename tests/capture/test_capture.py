@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from toys import Tower, op_sequence, randomize, tokens
 
 import qwt_fx
+from qwt_fx.clip.towers import ImageTower, TextTower
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph.graph_info import graph_info
 
@@ -100,7 +101,7 @@ def test_open_clip_towers_of_every_kind(kind: str) -> None:
         multimodal = {"width": 64, "heads": 2, "layers": 1, "context_length": 16, "vocab_size": 64}
         model = open_clip.CoCa(32, multimodal, text, pooled)
     model.eval()
-    towers = qwt_fx.clip.ImageTower(model), qwt_fx.clip.TextTower(model)
+    towers = ImageTower(model), TextTower(model)
     inputs = torch.randn(2, 3, 32, 32), torch.randint(1, 64, (2, 16))
     for tower, x in zip(towers, inputs, strict=True):
         gm = qwt_fx.capture(tower, (x,))

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [p for part in ("qwt_fx", "passes", "backends") for p in (ROOT / part).rglob("*.py")]
 
-# Only checkpoints.py and torchscript.py read pickles of others: state dicts under torch's weights_only,
-# and TorchScript's under a closed list of names (test_checkpoints.py attacks both).
+# Only weights.py and torchscript.py of the room clip read pickles of others: state dicts under torch's
+# weights_only, and TorchScript's under a closed list of names (tests/clip/test_weights.py attacks both).
 FORBIDDEN_MODULES = {
     "pickle",
     "cPickle",
@@ -50,7 +50,7 @@ def unsafe(tree: ast.AST) -> list[str]:
 def test_no_pickle_anywhere() -> None:
     assert len(SOURCES) > 60
     where = {p.name: found for p in SOURCES if (found := unsafe(ast.parse(p.read_text("utf-8"))))}
-    assert where.pop("checkpoints.py") == ["torch.load", "torch.load", "torch.jit.load"]
+    assert where.pop("weights.py") == ["torch.load", "torch.load", "torch.jit.load"]
     assert where.pop("torchscript.py") == ["pickle"]
     # `export --verify` runs the file that the same command has just written.
     assert where.pop("exports.py") == ["torch.export.load"]
@@ -63,7 +63,7 @@ def test_the_scan_finds_what_it_looks_for() -> None:
 
 
 def test_torch_load_reads_weights_only() -> None:
-    tree = ast.parse((ROOT / "qwt_fx" / "checkpoints.py").read_text("utf-8"))
+    tree = ast.parse((ROOT / "qwt_fx" / "clip" / "weights.py").read_text("utf-8"))
     calls = [
         n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"
     ]
