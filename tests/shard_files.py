@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from qwt_fx.data.samples import ScanCounts
+from qwt_fx.data.shard_index import SCHEMA, index_path
+from qwt_fx.data.tar_shard import groups
 
 CONTEXT = 24
 
@@ -54,6 +59,16 @@ def write_sparse_shard(path: Path, samples: int, image_size: int) -> str:
                 file.seek(-(-size // 512) * 512, io.SEEK_CUR)
         file.write(b"\0" * 1024)
     return str(path)
+
+
+def write_index(shard: str) -> None:
+    """Walk the tar `shard` once and write its index beside it."""
+    samples = [
+        {"key": key, "files": {ext: list(span) for ext, span in files.items()}}
+        for key, files in groups(shard, ScanCounts())
+    ]
+    index = {"schema": SCHEMA, "size": Path(shard).stat().st_size, "samples": samples}
+    Path(index_path(shard)).write_text(json.dumps(index), encoding="utf-8")
 
 
 def transform(image: Image.Image) -> Tensor:

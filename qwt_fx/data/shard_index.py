@@ -13,11 +13,10 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import Any
 
 from qwt_fx.data.samples import SampleLocation, ScanCounts
-from qwt_fx.data.tar_shard import BLOCK, HEADER_ERRORS, CountingFile, groups
-from qwt_fx.errors import DataError, OutputError
+from qwt_fx.data.tar_shard import BLOCK, HEADER_ERRORS, CountingFile
+from qwt_fx.errors import DataError
 
 SCHEMA = 1
 _REMEDY = "delete the index or write it anew"
@@ -26,28 +25,6 @@ _REMEDY = "delete the index or write it anew"
 def index_path(shard: str) -> str:
     """The path of the index of `shard`."""
     return f"{shard}.index.json"
-
-
-def write_index(shard: str) -> str:
-    """Walk the tar `shard` once and write its index beside it, atomically; returns its path.
-
-    Raises:
-        DataError: the tar is unreadable, cut off or damaged.
-        OutputError: the index cannot be written.
-    """
-    samples = [
-        {"key": key, "files": {ext: list(span) for ext, span in files.items()}}
-        for key, files in groups(shard, ScanCounts())
-    ]
-    path = index_path(shard)
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump({"schema": SCHEMA, "size": os.stat(shard).st_size, "samples": samples}, file)
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
 
 
 def read_groups(shard: str, counts: ScanCounts) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
@@ -61,7 +38,7 @@ def read_groups(shard: str, counts: ScanCounts) -> Iterator[tuple[str, dict[str,
         size = os.stat(shard).st_size
         with open(path, "rb") as file:
             data = file.read()
-        index: Any = json.loads(data)
+        index = json.loads(data)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
@@ -81,7 +58,9 @@ def read_groups(shard: str, counts: ScanCounts) -> Iterator[tuple[str, dict[str,
         yield _entry(path, number, entry, size)
 
 
-def _entry(path: str, number: int, entry: Any, size: int) -> tuple[str, dict[str, tuple[int, int]]]:
+def _entry(
+    path: str, number: int, entry: object, size: int
+) -> tuple[str, dict[str, tuple[int, int]]]:
     """One entry of "samples", checked."""
     key = entry.get("key") if isinstance(entry, dict) else None
     files = entry.get("files") if isinstance(entry, dict) else None

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from shard_files import image_bytes, tokenizer, transform, words, write_tar
+from shard_files import image_bytes, tokenizer, transform, words, write_index, write_tar
 from torch import Tensor, nn
 
 from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.data.retrieval_data import RetrievalReader
-from qwt_fx.data.shard_index import write_index
 from qwt_fx.errors import DataError
 from qwt_fx.evaluate.retrieval import CROSS_RECALLS, retrieval_recalls
 from qwt_fx.evaluate.retrieval_metrics import PairFeatures, pair_features, retrieval_metrics
