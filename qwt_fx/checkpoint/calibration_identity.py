@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qwt_fx.artifact.json_values import plain
+from qwt_fx.artifact.json_values import Json, plain_dict
 from qwt_fx.batches.batch import as_inputs
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal, StoredJournal
@@ -27,7 +26,7 @@ from qwt_fx.version import __version__
 def calibration_journal(
     checkpoint: str | PathLike[str] | Journal | None,
     prepared: GraphModule,
-    share: DistributedBatches,
+    batches: DistributedBatches,
 ) -> Iterator[Journal]:
     """The journal that `qwt_fx.calibrate` was given, or the one in a folder, removed on success.
 
@@ -36,25 +35,25 @@ def calibration_journal(
     if checkpoint is None or isinstance(checkpoint, Journal):
         yield checkpoint or NO_JOURNAL
         return
-    if share.ranks.world > 1:
+    if batches.ranks.world > 1:
         raise ConfigError(
-            f"checkpoint {checkpoint}: got {share.ranks.world} processes, wanted one: a calibration "
+            f"checkpoint {checkpoint}: got {batches.ranks.world} processes, wanted one: a calibration "
             "that several processes share keeps no checkpoints yet; leave checkpoint out"
         )
-    journal = StoredJournal.open(Path(checkpoint), calibration_identity(prepared, share))
+    journal = StoredJournal.open(Path(checkpoint), calibration_identity(prepared, batches))
     for note in journal.notes:
         warnings.warn(note, stacklevel=4)  # the caller of calibrate
     yield journal
     journal.remove()
 
 
-def calibration_identity(prepared: GraphModule, share: DistributedBatches) -> dict[str, Any]:
+def calibration_identity(prepared: GraphModule, batches: DistributedBatches) -> dict[str, Json]:
     """Versions, device, each setting, and digests of the graph, its tensors and the batches.
 
-    prepared: what `qwt_fx.prepare` returned, not calibrated yet; share: that of the only process. The
+    prepared: what `qwt_fx.prepare` returned, not calibrated yet; batches: those of the only process. The
     number of threads is left out: it changes the last bits of sums, but no result is wrong for it.
     """
-    settings = plain(graph_info(prepared).config, "config")
+    settings = plain_dict(graph_info(prepared).config, "config")
     device = next((str(v.device) for v in prepared.state_dict().values()), "cpu")
     return {
         "qwt-fx version": __version__,
@@ -62,7 +61,7 @@ def calibration_identity(prepared: GraphModule, share: DistributedBatches) -> di
         "device": device,
         **{f"setting {name}": value for name, value in settings.items()},
         "model": _model_digest(prepared),
-        "calibration data": _batches_digest(share.batches),
+        "calibration data": _batches_digest(batches.batches),
     }
 
 
@@ -77,7 +76,7 @@ def _model_digest(gm: GraphModule) -> str:
     return digest.hexdigest()
 
 
-def _batches_digest(batches: Sequence[Any]) -> str:
+def _batches_digest(batches: Sequence[object]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for value in torch.utils._pytree.tree_leaves(as_inputs(batch)):
@@ -88,7 +87,7 @@ def _batches_digest(batches: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-def _add(digest: Any, value: Tensor) -> None:
+def _add(digest: hashlib._Hash, value: Tensor) -> None:
     digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
     flat = value.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy())
+    digest.update(flat.view(torch.uint8).numpy().data)

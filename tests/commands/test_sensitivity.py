@@ -80,7 +80,10 @@ def test_a_drop_that_any_width_keeps_gives_the_smallest_model(
 
 @pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_ends_as_one_that_was_not(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = _run(words, tmp_path / "whole.toml", "--max-size", "5 bits")
     measured = bit_search.measure_bits
@@ -100,15 +103,14 @@ def test_an_interrupted_search_goes_on_and_ends_as_one_that_was_not(
         patch.setattr(bit_search, "measure_bits", stopping)
         with pytest.raises(KeyboardInterrupt):
             main([*command, "--output", str(output)])
-    kept = json.loads((tmp_path / "cut.toml.partial").read_text())["losses"]
-    assert len(kept) == 19
+    assert len(list((tmp_path / "cut.toml.partial").glob("losses-*"))) == 19
     again = _run(words, output, "--max-size", "5 bits", "--resume")
     assert again["losses"] == whole["losses"]
     assert again["config"] == whole["config"]
-    (tmp_path / "cut.toml.partial").write_text(
-        json.dumps({"digest": "x", "losses": [], "trials": []})
-    )
+    (tmp_path / "cut.toml.partial").mkdir()
+    (tmp_path / "cut.toml.partial" / "run.json").write_text(json.dumps({"seed": 9}))
     assert main([*command, "--output", str(output), "--resume"]) == 2
+    assert "of other settings or data" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from qwt_fx import api, cli
 from qwt_fx.calibrate.block_compensation import BlockCompensation
 from qwt_fx.checkpoint.journal import StoredJournal
 from qwt_fx.commands.quantize.pipeline import Evaluation
-from qwt_fx.commands.quantize.tower_checkpoints import _Stored
+from qwt_fx.commands.quantize.tower_checkpoints import StoredTowerCheckpoint
 
 LIMIT = 300.0
 NOBODY = 65534
@@ -42,7 +42,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "convert": (api, "convert"),
     "step": (StoredJournal, "once"),
     "checkpoint": (StoredJournal, "commit"),
-    "finish": (_Stored, "finish"),
+    "finish": (StoredTowerCheckpoint, "finish"),
     "forget": (StoredJournal, "forget"),
     "evaluate": (Evaluation, "quantized"),
     "save": (qwt_fx.artifact.artifact, "save_file"),

@@ -11,12 +11,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from qwt_fx.artifact.artifact import read_artifact, write_artifact
 from qwt_fx.artifact.artifact_index import INDEX
+from qwt_fx.artifact.json_values import Json
 from qwt_fx.artifact.output import sync
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.checkpoint.calibration_identity import calibration_identity
@@ -52,10 +53,12 @@ class TowerCheckpoint:
         """Keep the tower instead of its journal."""
 
 
-class _Stored(TowerCheckpoint):
+class StoredTowerCheckpoint(TowerCheckpoint):
     """In a folder. Raises what `StoredJournal.open` raises."""
 
-    def __init__(self, folder: Path, name: str, identity: dict[str, Any], device: str) -> None:
+    def __init__(
+        self, folder: Path, name: str, identity: dict[str, Json], device: torch.device
+    ) -> None:
         self._name, self._identity = name, identity
         self._done = folder / f"{name}.done"
         # Opened first: it refuses another calibration's folder, and keeps its identity to the end.
@@ -67,7 +70,7 @@ class _Stored(TowerCheckpoint):
             except ArtifactError as error:
                 self.notes += (f"the finished {name} tower is damaged ({error}): calibrated anew",)
 
-    def _read(self, device: str) -> FinishedTower:
+    def _read(self, device: torch.device) -> FinishedTower:
         artifact = read_artifact(self._done)
         if artifact.extra["identity"] != self._identity:
             raise ArtifactError("it belongs to another calibration")
@@ -104,17 +107,17 @@ class TowerCheckpoints:
         self.folder = folder
 
     def open(
-        self, name: str, prepared: GraphModule, share: DistributedBatches, device: Any
+        self, name: str, prepared: GraphModule, batches: DistributedBatches, device: torch.device
     ) -> TowerCheckpoint:
         """The checkpoint of one tower.
 
-        prepared, share: what will be calibrated on what; several processes that calibrate together
+        prepared, batches: what will be calibrated on what; several processes that calibrate together
         keep nothing. Raises what `StoredJournal.open` raises.
         """
-        if self.folder is None or share.ranks.world > 1:
+        if self.folder is None or batches.ranks.world > 1:
             return TowerCheckpoint()
-        identity = calibration_identity(prepared, share)
-        return _Stored(self.folder, name, identity, str(device))
+        identity = calibration_identity(prepared, batches)
+        return StoredTowerCheckpoint(self.folder, name, identity, device)
 
     @property
     def any(self) -> bool:

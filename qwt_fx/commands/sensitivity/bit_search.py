@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,8 @@ from torch.fx import GraphModule
 
 from qwt_fx import api
 from qwt_fx.artifact.artifact import write_artifact
-from qwt_fx.artifact.output import write_text_atomic
+from qwt_fx.artifact.json_values import Json
+from qwt_fx.checkpoint.resume_folder import ResumeFolder
 from qwt_fx.commands.quantize.pipeline import TOWERS, config_of_tower
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import FLOAT_BITS, QuantConfig
@@ -49,48 +49,52 @@ class Trial:
 
 
 class SearchState:
-    """Losses and trials found so far, in a file beside the output; `resume` goes on with them.
+    """Losses and trials found so far, in a folder beside the output; `resume` goes on with them.
 
-    Raises `OutputError` where `resume` finds a file of other settings or data.
+    Raises `OutputError` where `resume` finds a folder of other settings or data.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], *, resume: bool) -> None:
-        self.path = path
-        text = json.dumps(settings, sort_keys=True).encode()
-        self._digest = hashlib.sha256(text).hexdigest()
+    def __init__(self, path: Path | None, settings: Mapping[str, Json], *, resume: bool) -> None:
         self.losses: list[BitLoss] = []
         self.trials: list[Trial] = []
-        if resume and path is not None and path.is_file():
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
+        self._folder: ResumeFolder | None = None
+        if path is None:
+            return
+        other = OutputError(
+            f"--resume: {path} is of other settings or data; leave --resume out to start anew"
+        )
+        self._folder = ResumeFolder.open(path, settings, lambda _: other, resume=resume)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            digest = found["digest"]
-            losses = [BitLoss.from_dict(row) for row in found["losses"]]
-            trials = [Trial(**row) for row in found["trials"]]
+            self.losses = [BitLoss.from_dict(row) for row in self._kept("losses")]
+            self.trials = [Trial(**row) for row in self._kept("trials")]
         except (ValueError, KeyError, TypeError):
             raise OutputError(f"--resume: {path} is damaged; remove it to start anew") from None
-        if digest != self._digest:
-            raise OutputError(
-                f"--resume: {path} is of other settings or data; leave --resume out to start anew"
-            )
-        self.losses, self.trials = losses, trials
 
-    def keep(self) -> None:
-        """Write what is known, whole or not at all."""
-        if self.path is not None:
-            rows = {
-                "digest": self._digest,
-                "losses": [loss.to_dict() for loss in self.losses],
-                "trials": [asdict(trial) for trial in self.trials],
-            }
-            write_text_atomic(self.path, json.dumps(rows) + "\n")
+    def _kept(self, series: str) -> list[dict[str, Any]]:
+        assert self._folder is not None
+        whole, rest = self._folder.records(series)
+        if rest:
+            raise ValueError
+        return [json.loads(path.read_bytes()) for path in whole]
+
+    def add_loss(self, loss: BitLoss) -> None:
+        """Keep a loss."""
+        self._keep("losses", len(self.losses), loss.to_dict())
+        self.losses.append(loss)
+
+    def add_trial(self, trial: Trial) -> None:
+        """Keep a trial."""
+        self._keep("trials", len(self.trials), asdict(trial))
+        self.trials.append(trial)
+
+    def _keep(self, series: str, number: int, row: dict[str, Any]) -> None:
+        if self._folder is not None:
+            self._folder.write(number, json.dumps(row).encode(), series, ".json")
 
     def remove(self) -> None:
         """The search is over."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        if self._folder is not None:
+            self._folder.remove()
 
 
 @dataclass
@@ -131,7 +135,7 @@ class BitSearch:
             "image": nearest.of_images,
             "text": nearest.of_texts,
         }
-        known, self.state.losses = self.state.losses, []
+        known = list(self.state.losses)
         for tower in self.towers:
             prepared = api.prepare(
                 self.graphs[tower], config_of_tower(self.base, self.graphs, tower)
@@ -147,21 +151,12 @@ class BitSearch:
                     known=known,
                 )
                 for done, loss in enumerate(found):
-                    self.state.losses.append(loss)
                     if loss not in known:
-                        self._keep_all(known)
+                        self.state.add_loss(loss)
                     update(done + 1, total)
         if not self.state.losses:
             raise ConfigError("no layer is left to search: every one is skipped or overridden")
         return self.state.losses
-
-    def _keep_all(self, known: list[BitLoss]) -> None:
-        """Write the losses of this run and those of the earlier one that were not reached yet."""
-        ours = self.state.losses
-        keys = {loss.key for loss in ours}
-        self.state.losses = ours + [loss for loss in known if loss.key not in keys]
-        self.state.keep()
-        self.state.losses = ours
 
     def config_for(self, choice: Choice) -> QuantConfig:
         """The configuration of a choice: one override a layer, the user's behind them."""
@@ -190,8 +185,7 @@ class BitSearch:
         sqnr = {t: sqnr_db(exact[i], found[i]) for i, t in enumerate(TOWERS) if t in self.towers}
         size = weight_bytes(self.state.losses, choice)
         trial = Trial(bits, size, nearest.of_both(*found), sqnr)
-        self.state.trials.append(trial)
-        self.state.keep()
+        self.state.add_trial(trial)
         return trial
 
     def other_bytes(self) -> float:
