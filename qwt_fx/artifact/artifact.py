@@ -21,6 +21,7 @@ from qwt_fx.artifact.artifact_index import (
     GRAPH_KIND,
     INDEX,
     ArtifactIndex,
+    FileEntry,
     file_entry,
     index_document,
     plain_file,
@@ -29,10 +30,10 @@ from qwt_fx.artifact.artifact_index import (
     require_tower_name,
     verify_files,
 )
-from qwt_fx.artifact.graph_document import parse_document
-from qwt_fx.artifact.graph_json import build, graph_to_json
+from qwt_fx.artifact.graph_document import Document, parse_document
+from qwt_fx.artifact.graph_json import build, describe
 from qwt_fx.artifact.graph_tensors import Stored, file_tensors, restore
-from qwt_fx.artifact.json_values import dumps, loads, plain, restored, shown
+from qwt_fx.artifact.json_values import Json, dumps, loads, plain_dict, restored, shown
 from qwt_fx.artifact.output import OutputDirectory
 from qwt_fx.errors import ArtifactError, OutputError
 from qwt_fx.graph.graph_info import graph_info, has_graph_info
@@ -62,8 +63,8 @@ def write_artifact(
     directory: Path,
     towers: Mapping[str, GraphModule],
     *,
-    config: Mapping[str, Any],
-    extra: Mapping[str, Any],
+    config: Mapping[str, object],
+    extra: Mapping[str, object],
 ) -> ArtifactSizes:
     """Write an artifact into a directory the caller made (see `OutputDirectory`).
 
@@ -74,24 +75,52 @@ def write_artifact(
     Raises `ArtifactError` for a graph or value that cannot be stored, `OutputError` when writing
     fails.
     """
+    return _write(directory, _describe_all(towers), config, extra)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A graph that can be stored: its document, and the same parsed."""
+
+    gm: GraphModule
+    json: dict[str, Json]
+    document: Document
+
+
+def _describe_all(towers: Mapping[str, GraphModule]) -> dict[str, _Described]:
+    """The towers' documents. Raises `ArtifactError` for a graph that could not be loaded again."""
     if not towers:
         raise ArtifactError("an artifact needs at least one tower")
-    documents = {}
+    described = {}
     for name, gm in towers.items():
         require_tower_name(name)
-        documents[name] = _checked_document(name, gm)
-    stored_config, stored_extra = plain(dict(config), "config"), plain(dict(extra), "extra")
-    files: dict[str, Any] = {}
-    sizes: dict[str, int] = {}
+        if has_graph_info(gm) and (reason := graph_info(gm).unstorable) is not None:
+            raise ArtifactError(f"cannot save: {reason}")
+        try:
+            json, document = describe(gm)
+            build(document, {path: get_attr(gm, path).detach() for path in document.tensors})
+        except ArtifactError as error:
+            raise ArtifactError(f"cannot save the graph {name!r}: {error}") from None
+        described[name] = _Described(gm, json, document)
+    return described
+
+
+def _write(
+    directory: Path,
+    towers: Mapping[str, _Described],
+    config: Mapping[str, object],
+    extra: Mapping[str, object],
+) -> ArtifactSizes:
+    stored_config, stored_extra = plain_dict(config, "config"), plain_dict(extra, "extra")
+    files: dict[str, FileEntry] = {}
     path = directory
     try:
-        for name, gm in towers.items():
+        for name, tower in towers.items():
             path = directory / f"{name}.safetensors"
-            save_file(file_tensors(gm, parse_document(documents[name]).tensors), path)
+            save_file(file_tensors(tower.gm, tower.document.tensors), path)
             files[path.name] = file_entry(path)
-            sizes[name] = files[path.name]["bytes"]
             path = directory / f"{name}.graph.json"
-            path.write_bytes(dumps(documents[name]))
+            path.write_bytes(dumps(tower.json))
             files[path.name] = file_entry(path)
         # The index comes last: a folder without it is no artifact.
         path = directory / INDEX
@@ -100,23 +129,7 @@ def write_artifact(
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise OutputError(f"cannot write {path}: {error}") from None
-    return ArtifactSizes(sizes)
-
-
-def _checked_document(name: str, gm: GraphModule) -> dict[str, Any]:
-    _require_storable(gm)
-    try:
-        document = graph_to_json(gm)
-        parsed = parse_document(document)
-        build(parsed, {path: get_attr(gm, path).detach() for path in parsed.tensors})
-    except ArtifactError as error:
-        raise ArtifactError(f"cannot save the graph {name!r}: {error}") from None
-    return document
-
-
-def _require_storable(gm: GraphModule) -> None:
-    if has_graph_info(gm) and (reason := graph_info(gm).unstorable) is not None:
-        raise ArtifactError(f"cannot save: {reason}")
+    return ArtifactSizes({name: files[f"{name}.safetensors"]["bytes"] for name in towers})
 
 
 def read_artifact(directory: Path) -> Artifact:
@@ -160,8 +173,7 @@ def _named(name: str, error: ArtifactError) -> ArtifactError:
 
 def _read_tensors(directory: Path, name: str, wanted: Mapping[str, Stored]) -> dict[str, Tensor]:
     with safe_open(plain_file(directory, name), framework="pt", device="cpu") as file:
-        found = set(file.keys())
-        if different := found ^ set(wanted):
+        if different := set(file.keys()) ^ set(wanted):
             state = "missing" if min(different) in wanted else "not part of the graph"
             raise ArtifactError(f"the tensor {shown(min(different))} is {state}")
         return {key: restore(stored, file.get_tensor(key), key) for key, stored in wanted.items()}
@@ -173,10 +185,10 @@ def save_graph(gm: GraphModule, path: Path, *, force: bool = False) -> None:
     Raises `ArtifactError` for a graph that cannot be stored (nothing is written then) and
     `OutputError` for a target that must not or cannot be replaced.
     """
-    _checked_document(_MODEL, gm)
+    described = _describe_all({_MODEL: gm})
     config = graph_info(gm).config if has_graph_info(gm) else {}
     with OutputDirectory(path, force=force, keep_partial=False) as output:
-        write_artifact(output.path, {_MODEL: gm}, config=config, extra={})
+        _write(output.path, described, config, {})
 
 
 def load_graph(path: Path) -> GraphModule:

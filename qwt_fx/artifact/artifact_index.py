@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
-from qwt_fx.artifact.json_values import MAX_BYTES, digest, loads, shown
+from qwt_fx.artifact.json_values import MAX_BYTES, Json, digest, loads, shown
 from qwt_fx.errors import ArtifactError
 from qwt_fx.version import __version__
 
@@ -38,14 +38,21 @@ _KEYS = {
 _CHUNK = 1 << 20
 
 
+class FileEntry(TypedDict):
+    """What the index records of a file."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class ArtifactIndex:
     """A checked `artifact.json`; `config` and `extra` still hold `json_values.plain` values."""
 
     kind: str
     towers: tuple[str, ...]
-    config: dict[str, Any]
-    extra: dict[str, Any]
+    config: dict[str, Json]
+    extra: dict[str, Json]
     versions: dict[str, str]
     files: dict[str, tuple[int, str]]
 
@@ -62,22 +69,28 @@ def kind_of(towers: list[str]) -> str:
 
 
 def index_document(
-    towers: list[str], config: dict[str, Any], extra: dict[str, Any], files: Mapping[str, Any]
-) -> dict[str, Any]:
+    towers: list[str],
+    config: dict[str, Json],
+    extra: dict[str, Json],
+    files: Mapping[str, FileEntry],
+) -> dict[str, Json]:
     """The content of `artifact.json`, its own digest included."""
-    document = {
+    document: dict[str, Json] = {
         SCHEMA_KEY: SCHEMA,
         "kind": kind_of(towers),
         "versions": {"qwt_fx": __version__, "torch": str(torch.__version__)},
-        "towers": towers,
+        "towers": [*towers],
         "config": config,
         "extra": extra,
-        "files": dict(files),
+        "files": {
+            name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+            for name, entry in files.items()
+        },
     }
     return document | {"sha256": digest(document)}
 
 
-def file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> FileEntry:
     """Size and SHA-256 of a file, as the index records them. Raises `OSError`."""
     size, sha256 = 0, hashlib.sha256()
     with path.open("rb") as file:
@@ -188,9 +201,9 @@ def verify_files(directory: Path, index: ArtifactIndex) -> None:
     for name, (size, sha256) in sorted(index.files.items()):
         path = plain_file(directory, name)
         try:
-            found = path.stat().st_size
-            if found != size:
-                raise ArtifactError(f"{name}: damaged: {found} bytes, wanted {size}")
+            actual = path.stat().st_size
+            if actual != size:
+                raise ArtifactError(f"{name}: damaged: {actual} bytes, wanted {size}")
             if file_entry(path)["sha256"] != sha256:
                 raise ArtifactError(f"{name}: damaged: its SHA-256 is not the recorded one")
         except OSError as error:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
+from torch import fx
 from torch.fx import Node
 
-from qwt_fx.artifact.json_values import encode_float, shown
+from qwt_fx.artifact.allowed_operators import Operator
+from qwt_fx.artifact.json_values import Json, encode_float, shown
 from qwt_fx.errors import ArtifactError
 
 MAX_DEPTH = 8
@@ -23,7 +25,7 @@ _MAX_INT = 2**63
 # torch.fx writes strings into Python source, quoted by repr; the words operators take
 # ("tanh", "bilinear", "bhwc,hkc->bhwk") need no more than these characters.
 _WORD = re.compile(r"[A-Za-z0-9_,.> -]{0,200}")
-_DTYPES = {
+DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
         torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
@@ -37,8 +39,8 @@ _FORMATS = {
     )
 }  # fmt: skip
 _LAYOUTS = {"strided": torch.strided}
-_TABLES: dict[str, Mapping[str, Any]] = {
-    "dtype": _DTYPES,
+_TABLES: dict[str, Mapping[str, torch.dtype | torch.memory_format | torch.layout]] = {
+    "dtype": DTYPES,
     "memory_format": _FORMATS,
     "layout": _LAYOUTS,
 }
@@ -52,7 +54,13 @@ class Ref:
     name: str
 
 
-def encode(value: Any, where: str) -> Any:
+Argument: TypeAlias = (
+    "bool | int | float | str | Ref | torch.dtype | torch.memory_format | torch.layout"
+    " | list[Argument] | tuple[Argument, ...] | None"
+)
+
+
+def encode(value: object, where: str) -> Json:
     """One argument as a JSON value. Raises `ArtifactError` naming the node for an unknown kind."""
     if value is None or isinstance(value, bool | str):
         return value
@@ -74,7 +82,7 @@ def encode(value: Any, where: str) -> Any:
     )
 
 
-def decode(value: Any, where: str, known: Set[str], depth: int = 0) -> Any:
+def decode(value: Json, where: str, known: Set[str], depth: int = 0) -> Argument:
     """One argument from its JSON value; nodes become `Ref`s to names in `known`.
 
     Raises `ArtifactError` naming the node for anything that `encode` does not write.
@@ -99,7 +107,7 @@ def decode(value: Any, where: str, known: Set[str], depth: int = 0) -> Any:
     raise ArtifactError(f"node {where}: the argument {shown(value)} is malformed")
 
 
-def _decode_tagged(tag: str, content: Any, where: str, known: Set[str], depth: int) -> Any:
+def _decode_tagged(tag: str, content: Json, where: str, known: Set[str], depth: int) -> Argument:
     if tag == "tuple" and isinstance(content, list):
         return tuple(decode(v, where, known, depth + 1) for v in content)
     if isinstance(content, str):
@@ -116,7 +124,7 @@ def _decode_tagged(tag: str, content: Any, where: str, known: Set[str], depth: i
     raise ArtifactError(f"node {where}: the argument {shown({tag: content})} is not known")
 
 
-def substitute(value: Any, nodes: Mapping[str, Node]) -> Any:
+def substitute(value: Argument, nodes: Mapping[str, Node]) -> fx.node.Argument:
     """Replace every `Ref` by its node."""
     if isinstance(value, Ref):
         return nodes[value.name]
@@ -127,7 +135,9 @@ def substitute(value: Any, nodes: Mapping[str, Node]) -> Any:
     return value
 
 
-def check_call(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> None:
+def check_call(
+    target: Operator, args: tuple[Argument, ...], kwargs: Mapping[str, Argument], where: str
+) -> None:
     """Check a call's arguments against the operator's schema or the function's signature.
 
     Raises `ArtifactError` naming the node and the argument.
@@ -148,14 +158,17 @@ def check_call(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], wh
             )
 
 
-def _arity(target: Callable[..., Any]) -> tuple[int, int]:
+def _arity(target: Operator) -> tuple[int, int]:
     parameters = inspect.signature(target).parameters.values()
     least = sum(1 for p in parameters if p.default is inspect.Parameter.empty)
     return least, len(parameters)
 
 
 def _check_schema(
-    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
+    target: torch._ops.OpOverload,
+    args: tuple[Argument, ...],
+    kwargs: Mapping[str, Argument],
+    where: str,
 ) -> None:
     arguments = target._schema.arguments
     positional = [a for a in arguments if not a.kwarg_only]
@@ -163,7 +176,7 @@ def _check_schema(
         raise ArtifactError(
             f"node {where}: {len(args)} arguments, {target} takes at most {len(positional)}"
         )
-    given: dict[str, Any] = {a.name: v for a, v in zip(positional, args, strict=False)}
+    given: dict[str, Argument] = {a.name: v for a, v in zip(positional, args, strict=False)}
     names = {a.name for a in arguments}
     for name, value in kwargs.items():
         if name not in names or name in given:
@@ -180,7 +193,7 @@ def _check_schema(
             )
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: Argument, kind: torch._C.JitType) -> bool:
     """Whether an argument may stand for a schema type; sizes and numbers may come from nodes."""
     name = kind.kind()
     if name == "OptionalType":

@@ -10,16 +10,16 @@ import keyword
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch.utils import _pytree as pytree
 
 from qwt_fx.artifact import graph_args
-from qwt_fx.artifact.allowed_operators import OPERATORS
+from qwt_fx.artifact.allowed_operators import OPERATORS, Operator
+from qwt_fx.artifact.graph_args import Argument
 from qwt_fx.artifact.graph_info_json import info_from_json
 from qwt_fx.artifact.graph_tensors import Attribute, Stored, parse_attributes, parse_tensors
-from qwt_fx.artifact.json_values import shown
-from qwt_fx.artifact.structure import spec_from_json
+from qwt_fx.artifact.json_values import Json, shown
+from qwt_fx.artifact.structure import children, spec_from_json
 from qwt_fx.errors import ArtifactError
 from qwt_fx.graph.graph_info import GraphInfo
 
@@ -47,9 +47,9 @@ class Call:
 
     name: str
     op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    target: Operator | str | None
+    args: tuple[Argument, ...]
+    kwargs: dict[str, Argument]
     layer: str | None
 
 
@@ -66,7 +66,7 @@ class Document:
     info: GraphInfo | None
 
 
-def parse_document(document: Any) -> Document:
+def parse_document(document: Json) -> Document:
     """Check a whole document. Raises `ArtifactError` naming what is not allowed in it."""
     if not isinstance(document, dict):
         raise ArtifactError("wanted a JSON object")
@@ -99,16 +99,19 @@ def parse_document(document: Any) -> Document:
     return Document(calls, arguments, inputs, outputs, attributes, tensors, info)
 
 
-def _require_keys(value: Any, required: set[str], optional: set[str], where: str) -> None:
+def _require_keys(
+    value: Json, required: set[str], optional: set[str], where: str
+) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise ArtifactError(f"{where}: wanted a JSON object")
     if missing := required - set(value):
         raise ArtifactError(f"{where}: {min(missing)} is missing")
     if unknown := set(value) - required - optional:
         raise ArtifactError(f"{where}: unknown key {shown(min(unknown))}")
+    return value
 
 
-def _require_name(value: Any, where: str, reserved: frozenset[str] = _RESERVED) -> str:
+def _require_name(value: Json, where: str, reserved: frozenset[str] = _RESERVED) -> str:
     if (
         not isinstance(value, str)
         or not _NAME.fullmatch(value)
@@ -119,7 +122,7 @@ def _require_name(value: Any, where: str, reserved: frozenset[str] = _RESERVED) 
     return value
 
 
-def _parse_nodes(entries: Any, attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
+def _parse_nodes(entries: Json, attributes: Mapping[str, Attribute]) -> tuple[Call, ...]:
     if not isinstance(entries, list) or not 0 < len(entries) <= MAX_NODES:
         raise ArtifactError(f"nodes: wanted a list of 1..{MAX_NODES} nodes")
     calls: list[Call] = []
@@ -142,11 +145,11 @@ def _parse_nodes(entries: Any, attributes: Mapping[str, Attribute]) -> tuple[Cal
 
 
 def _parse_node(
-    entry: Any, where: str, known: set[str], attributes: Mapping[str, Attribute]
+    entry: Json, where: str, known: set[str], attributes: Mapping[str, Attribute]
 ) -> Call:
     if not isinstance(entry, dict) or entry.get("op") not in NODE_OPS:
         raise ArtifactError(f"{where}: wanted a JSON object with an op of {', '.join(NODE_OPS)}")
-    op = entry["op"]
+    op = str(entry["op"])
     _require_keys(entry, *_KEYS[op], where)
     name = _require_name(entry["name"], where)
     args, kwargs, layer = entry.get("args", []), entry.get("kwargs", {}), entry.get("layer")
@@ -154,16 +157,17 @@ def _parse_node(
         raise ArtifactError(f"node {name}: args wants a list and kwargs an object")
     if "layer" in entry and (not isinstance(layer, str) or not _LAYER.fullmatch(layer)):
         raise ArtifactError(f"node {name}: the layer {shown(layer)} is malformed")
-    target: Any = None
+    target: Operator | str | None = None
     decoded = tuple(graph_args.decode(v, name, known) for v in args)
     named = {
         _require_name(k, f"node {name}", frozenset()): graph_args.decode(v, name, known)
         for k, v in kwargs.items()
     }
     if op == "get_attr":
-        target = entry["target"]
-        if not isinstance(target, str) or target not in attributes:
-            raise ArtifactError(f"node {name}: reads {shown(target)}, which is not stored")
+        path = entry["target"]
+        if not isinstance(path, str) or path not in attributes:
+            raise ArtifactError(f"node {name}: reads {shown(path)}, which is not stored")
+        target = path
     elif op == "call_function":
         target = OPERATORS.get(entry["target"]) if isinstance(entry["target"], str) else None
         if target is None:
@@ -172,13 +176,13 @@ def _parse_node(
                 "that may be loaded, or this torch does not have it"
             )
         graph_args.check_call(target, decoded, named, name)
-    return Call(name, op, target, decoded, named, layer)
+    return Call(name, op, target, decoded, named, str(layer) if "layer" in entry else None)
 
 
 def _parse_signature(
-    entry: Any, calls: tuple[Call, ...]
+    entry: Json, calls: tuple[Call, ...]
 ) -> tuple[tuple[str, ...], pytree.TreeSpec, pytree.TreeSpec]:
-    _require_keys(entry, {"arguments", "inputs", "outputs"}, set(), "signature")
+    entry = _require_keys(entry, {"arguments", "inputs", "outputs"}, set(), "signature")
     inputs = spec_from_json(entry["inputs"], "signature: inputs")
     outputs = spec_from_json(entry["outputs"], "signature: outputs")
     arguments = entry["arguments"]
@@ -188,10 +192,10 @@ def _parse_signature(
     if len(set(names)) != len(names):
         raise ArtifactError("signature: arguments: a name occurs twice")
     # torch.export's own form, (positional, keyword); the generated source relies on it.
-    halves = entry["inputs"].get("tuple", []) if isinstance(entry["inputs"], dict) else []
-    if [next(iter(h), None) if isinstance(h, dict) else None for h in halves] != ["tuple", "dict"]:
+    parts = children(inputs) if inputs.type is tuple else []
+    if [part.type for part in parts] != [tuple, dict]:
         raise ArtifactError("signature: inputs: wanted a tuple of a tuple and a dict")
-    if len(names) != sum(len(content) for half in halves for content in half.values()):
+    if len(names) != sum(part.num_children for part in parts):
         raise ArtifactError(f"signature: {len(names)} arguments do not fit the inputs' structure")
     placeholders = sum(call.op == "placeholder" for call in calls)
     if placeholders != inputs.num_leaves:

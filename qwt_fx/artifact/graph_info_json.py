@@ -8,14 +8,14 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from qwt_fx.artifact.json_values import plain, restored, shown
+from qwt_fx.artifact.json_values import Json, plain, restored, shown
 from qwt_fx.errors import ArtifactError
 from qwt_fx.graph.graph_info import Block, GraphInfo, graph_info
 
 _TEXT = re.compile(r"[\x20-\x7e]{1,1000}")
 
 
-def info_to_json(gm: GraphModule) -> dict[str, Any]:
+def info_to_json(gm: GraphModule) -> Json:
     """The records of a graph as JSON values.
 
     Raises `ArtifactError` for a graph marked as one that cannot be stored, and for values that JSON
@@ -24,11 +24,10 @@ def info_to_json(gm: GraphModule) -> dict[str, Any]:
     info = graph_info(gm)
     if info.unstorable is not None:
         raise ArtifactError(f"the graph cannot be saved: {info.unstorable}")
-    entry: dict[str, Any] = plain(dataclasses.asdict(info), "info")
-    return entry
+    return plain(dataclasses.asdict(info), "info")
 
 
-def info_from_json(value: Any) -> GraphInfo:
+def info_from_json(value: Json) -> GraphInfo:
     """Records from JSON values; a missing key has its default.
 
     Raises `ArtifactError` for unknown keys, values of another kind, malformed blocks and a graph
@@ -65,7 +64,7 @@ def _check_length(entry: dict[str, Any]) -> None:
         raise ArtifactError(f"info: context_length: got {shown(context)}, end_of_text {shown(end)}")
 
 
-def _block(value: Any) -> Block:
+def _block(value: object) -> Block:
     wanted = {f.name for f in dataclasses.fields(Block)}
     if not isinstance(value, dict) or set(value) != wanted:
         raise ArtifactError(f"info: blocks: got {shown(value)}, wanted {', '.join(sorted(wanted))}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
@@ -14,14 +13,20 @@ from qwt_fx.artifact.allowed_operators import NAMES
 from qwt_fx.artifact.graph_document import NODE_OPS, SCHEMA, Document, parse_document
 from qwt_fx.artifact.graph_info_json import info_to_json
 from qwt_fx.artifact.graph_tensors import describe_tensors, register
+from qwt_fx.artifact.json_values import Json
 from qwt_fx.artifact.structure import spec_to_json
 from qwt_fx.errors import ArtifactError
 from qwt_fx.graph.graph_info import has_graph_info, set_graph_info
 from qwt_fx.graph.graph_source import forget_source_with
 
 
-def graph_to_json(gm: GraphModule) -> dict[str, Any]:
-    """The graph as JSON values; its tensors are described, not held.
+def graph_to_json(gm: GraphModule) -> dict[str, Json]:
+    """The graph as JSON values; its tensors are described, not held. Raises what `describe` does."""
+    return describe(gm)[0]
+
+
+def describe(gm: GraphModule) -> tuple[dict[str, Json], Document]:
+    """The graph as JSON values, and these parsed.
 
     Raises `ArtifactError` naming the node, and the reason, when the graph cannot be stored:
     whatever `parse_document` refuses is refused here already.
@@ -32,9 +37,9 @@ def graph_to_json(gm: GraphModule) -> dict[str, Any]:
     signature = codegen.pytree_info
     if signature.out_spec is None:
         raise ArtifactError("signature: the structure of the outputs is not recorded")
-    nodes = [_node_to_json(node) for node in gm.graph.nodes]
+    nodes: Json = [_node_to_json(node) for node in gm.graph.nodes]
     attributes, tensors = describe_tensors(gm)
-    document = {
+    document: dict[str, Json] = {
         "schema": SCHEMA,
         "signature": {
             "arguments": list(signature.orig_args),
@@ -46,12 +51,11 @@ def graph_to_json(gm: GraphModule) -> dict[str, Any]:
         "tensors": tensors,
         "info": info_to_json(gm) if has_graph_info(gm) else None,
     }
-    parse_document(document)
-    return document
+    return document, parse_document(document)
 
 
-def _node_to_json(node: Node) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": node.name, "op": node.op}
+def _node_to_json(node: Node) -> Json:
+    entry: dict[str, Json] = {"name": node.name, "op": node.op}
     if node.op not in NODE_OPS:
         raise ArtifactError(
             f"node {node.name}: {node.op} {node.target} cannot be stored: wanted a converted graph "
@@ -77,7 +81,7 @@ def _node_to_json(node: Node) -> dict[str, Any]:
     return entry
 
 
-def graph_from_json(document: Any, tensors: Mapping[str, Tensor]) -> GraphModule:
+def graph_from_json(document: Json, tensors: Mapping[str, Tensor]) -> GraphModule:
     """Build the graph of a document over its tensors, as they are after `graph_tensors.restore`.
 
     Raises `ArtifactError` naming the node for anything that is not as `graph_to_json` writes it:
@@ -98,7 +102,7 @@ def build(document: Document, tensors: Mapping[str, Tensor]) -> GraphModule:
     graph = Graph()
     nodes: dict[str, Node] = {}
     for call in document.calls:
-        args = graph_args.substitute(call.args, nodes)
+        args = tuple(graph_args.substitute(v, nodes) for v in call.args)
         kwargs = {k: graph_args.substitute(v, nodes) for k, v in call.kwargs.items()}
         target = call.name if call.target is None else call.target
         node = graph.create_node(call.op, target, args, kwargs, call.name)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qwt_fx.artifact.json_values import shown
+from qwt_fx.artifact.graph_args import DTYPES
+from qwt_fx.artifact.json_values import Json, shown
 from qwt_fx.artifact.packing import MAX_BITS, MIN_BITS, pack, packed_size, unpack
 from qwt_fx.errors import ArtifactError
 from qwt_fx.graph.nodes import get_attr
@@ -27,13 +28,6 @@ from qwt_fx.quant.quantizers import weight_code_bits
 
 _PATH = re.compile(r"(?!__)[A-Za-z0-9_]+(\.(?!__)[A-Za-z0-9_]+)*")
 _MAX_PATH, _MAX_RANK, _MAX_ELEMENTS = 500, 16, 1 << 40
-_DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
 _KINDS = ("parameter", "buffer")
 
 
@@ -71,7 +65,7 @@ def _require_storable(path: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise ArtifactError(f"{path}: a {type(value).__name__}, wanted a tensor")
     plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
-    if not plain or value.device.type == "meta" or str(value.dtype)[6:] not in _DTYPES:
+    if not plain or value.device.type == "meta" or str(value.dtype)[6:] not in DTYPES:
         raise ArtifactError(
             f"{path}: a {type(value).__name__} of {value.dtype}, {value.layout} on {value.device} "
             "cannot be stored: wanted a plain dense tensor of floats, integers or booleans"
@@ -92,7 +86,7 @@ def permuted_stride(value: Tensor) -> list[int] | None:
     return list(value.stride())
 
 
-def describe_tensors(gm: GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe_tensors(gm: GraphModule) -> tuple[dict[str, Json], dict[str, Json]]:
     """The `attributes` and `tensors` tables of the tensors a graph's nodes read.
 
     Raises `ArtifactError` naming the path of a value that cannot be stored.
@@ -133,7 +127,7 @@ def _fits(value: Tensor, bits: int) -> bool:
     return value.dtype is torch.uint8 and (not value.numel() or int(value.max()) < 2**bits)
 
 
-def _registration(gm: GraphModule, path: str, value: Tensor) -> dict[str, Any]:
+def _registration(gm: GraphModule, path: str, value: Tensor) -> dict[str, Json]:
     if isinstance(value, nn.Parameter):
         return {"kind": "parameter", "requires_grad": value.requires_grad}
     parent, _, leaf = path.rpartition(".")
@@ -144,29 +138,29 @@ def _registration(gm: GraphModule, path: str, value: Tensor) -> dict[str, Any]:
 
 def file_tensors(gm: GraphModule, tensors: Mapping[str, Stored]) -> dict[str, Tensor]:
     """What the `.safetensors` file holds: contiguous on CPU, codes packed, no memory shared."""
-    found: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, stored in tensors.items():
         value = get_attr(gm, name).detach().cpu()
         if stored.bits is not None:
-            found[name] = pack(value, stored.bits)
+            held[name] = pack(value, stored.bits)
             continue
         storage = value.untyped_storage()
         whole = value.is_contiguous() and storage.nbytes() == value.nbytes
         own = whole and storage.data_ptr() not in memory
         memory.add(storage.data_ptr())
-        found[name] = value if own else value.clone(memory_format=torch.contiguous_format)
-    return found
+        held[name] = value if own else value.clone(memory_format=torch.contiguous_format)
+    return held
 
 
 # -- reading ---------------------------------------------------------------------------------
 
 
-def parse_tensors(table: Any) -> dict[str, Stored]:
+def parse_tensors(table: Json) -> dict[str, Stored]:
     """The `tensors` table, checked. Raises `ArtifactError` naming the tensor."""
     if not isinstance(table, dict):
         raise ArtifactError("tensors: wanted a JSON object")
-    found = {}
+    stored: dict[str, Stored] = {}
     for name, entry in table.items():
         _require_path(name, "tensors")
         where = f"tensors: {name}"
@@ -174,19 +168,22 @@ def parse_tensors(table: Any) -> dict[str, Stored]:
             raise ArtifactError(f"{where}: wanted dtype and shape")
         if unknown := set(entry) - {"dtype", "shape", "bits", "stride"}:
             raise ArtifactError(f"{where}: unknown key {shown(min(unknown))}")
-        dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
         if dtype is None:
             raise ArtifactError(f"{where}: the dtype {shown(entry['dtype'])} is not known")
         shape = _sizes(entry["shape"], where)
-        bits, stride = entry.get("bits"), entry.get("stride")
-        if "bits" in entry and (
-            type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS or dtype is not torch.uint8
-        ):
-            raise ArtifactError(f"{where}: got {shown(bits)} bits of {dtype}, wanted 2..7 of uint8")
-        found[name] = Stored(dtype, shape, bits, None)
-        if "stride" in entry:
-            found[name] = Stored(dtype, shape, bits, _stride(stride, shape, where))
-    return found
+        stride = _stride(entry["stride"], shape, where) if "stride" in entry else None
+        stored[name] = Stored(dtype, shape, _bits(entry, dtype, where), stride)
+    return stored
+
+
+def _bits(entry: Mapping[str, Json], dtype: torch.dtype, where: str) -> int | None:
+    if "bits" not in entry:
+        return None
+    bits = entry["bits"]
+    if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS or dtype is not torch.uint8:
+        raise ArtifactError(f"{where}: got {shown(bits)} bits of {dtype}, wanted 2..7 of uint8")
+    return bits
 
 
 def _require_path(path: object, where: str) -> None:
@@ -195,34 +192,42 @@ def _require_path(path: object, where: str) -> None:
         raise ArtifactError(f"{where}: {shown(path)} is not a path a tensor may have")
 
 
-def _sizes(value: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > _MAX_RANK:
+def _sizes(value: Json, where: str) -> tuple[int, ...]:
+    sizes = _integers(value)
+    if sizes is None or len(sizes) > _MAX_RANK:
         raise ArtifactError(f"{where}: the shape {shown(value)} is malformed")
-    if any(type(n) is not int or not 0 <= n <= _MAX_ELEMENTS for n in value):
-        raise ArtifactError(f"{where}: the shape {shown(value)} is malformed")
-    if math.prod(value) > _MAX_ELEMENTS:
+    if math.prod(sizes) > _MAX_ELEMENTS:
         raise ArtifactError(f"{where}: the shape {shown(value)} is too large")
-    return tuple(value)
+    return sizes
 
 
-def _stride(value: Any, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+def _integers(value: Json) -> tuple[int, ...] | None:
+    """A list of sizes or strides; `None` for anything else, booleans included."""
+    if not isinstance(value, list):
+        return None
+    integers = tuple(n for n in value if type(n) is int and 0 <= n <= _MAX_ELEMENTS)
+    return integers if len(integers) == len(value) else None
+
+
+def _stride(value: Json, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
     """Only a reordering of a dense tensor's dimensions: anything else could reach other memory."""
-    well_formed = isinstance(value, list) and len(value) == len(shape) and 0 not in shape
-    if not well_formed or any(type(n) is not int or not 0 <= n <= _MAX_ELEMENTS for n in value):
+    strides = _integers(value)
+    if strides is None or len(strides) != len(shape) or 0 in shape:
         raise ArtifactError(f"{where}: the strides {shown(value)} are malformed")
     step = 1
-    for stride, size in sorted(zip(value, shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1 and stride != step:
             raise ArtifactError(f"{where}: the strides {shown(value)} do not fit {list(shape)}")
         step *= size
-    return tuple(value)
+    return strides
 
 
-def parse_attributes(table: Any, tensors: Iterable[str]) -> dict[str, Attribute]:
+def parse_attributes(table: Json, tensors: Iterable[str]) -> dict[str, Attribute]:
     """The `attributes` table, checked; every stored tensor must be used. Raises `ArtifactError`."""
     if not isinstance(table, dict):
         raise ArtifactError("attributes: wanted a JSON object")
-    known, used, found = set(tensors), set(), {}
+    known, used = set(tensors), set()
+    attributes: dict[str, Attribute] = {}
     for path, entry in table.items():
         _require_path(path, "attributes")
         where = f"attributes: {path}"
@@ -235,13 +240,14 @@ def parse_attributes(table: Any, tensors: Iterable[str]) -> dict[str, Attribute]
         if not isinstance(name, str) or name not in known:
             raise ArtifactError(f"{where}: the tensor {shown(name)} is not stored")
         used.add(name)
-        kind, value = entry["kind"], entry[flag]
-        found[path] = Attribute(
-            name, kind, flag == "persistent" and value, flag != "persistent" and value
+        on = entry[flag] is True
+        kind = "parameter" if flag == "requires_grad" else "buffer"
+        attributes[path] = Attribute(
+            name, kind, persistent=on and kind == "buffer", requires_grad=on and kind != "buffer"
         )
     if left := known - used:
         raise ArtifactError(f"tensors: {min(left)} is used by nothing")
-    return found
+    return attributes
 
 
 def restore(stored: Stored, value: Tensor, name: str) -> Tensor:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeAlias
 
 from qwt_fx.errors import ArtifactError
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 MAX_BYTES = 256 * 1024 * 1024
 MAX_DEPTH = 64
@@ -25,12 +28,12 @@ def shown(value: object, length: int = 80) -> str:
     return text if len(text) <= length else text[:length] + "..."
 
 
-def encode_float(value: float) -> Any:
+def encode_float(value: float) -> Json:
     """A float as a JSON value; NaN and the infinities as a tagged object."""
     return value if math.isfinite(value) else {_FLOAT: repr(value)}
 
 
-def plain(value: Any, where: str, depth: int = 0) -> Any:
+def plain(value: object, where: str, depth: int = 0) -> Json:
     """Free-form values as JSON values. Raises `ArtifactError` naming what JSON cannot hold."""
     if depth > MAX_DEPTH:
         raise ArtifactError(f"{where}: nested deeper than {MAX_DEPTH}")
@@ -50,6 +53,13 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
     raise ArtifactError(f"{where}: a value of type {type(value).__name__} cannot be stored in JSON")
 
 
+def plain_dict(values: Mapping[str, object], where: str) -> dict[str, Json]:
+    """As `plain`, of a mapping."""
+    document = plain(dict(values), where)
+    assert isinstance(document, dict)
+    return document
+
+
 def restored(value: Any, where: str) -> Any:
     """Free-form values from JSON values: the inverse of `plain`, tuples aside."""
     if isinstance(value, list):
@@ -63,25 +73,25 @@ def restored(value: Any, where: str) -> Any:
     return value
 
 
-def dumps(document: Any) -> bytes:
+def dumps(document: Json) -> bytes:
     """A document of JSON values as ASCII bytes, one value a line."""
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
-def digest(document: Any) -> str:
+def digest(document: Mapping[str, Json]) -> str:
     """SHA-256 of a document's content, whatever its spacing and the order of its keys."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     entry = dict(pairs)
     if len(entry) != len(pairs):
         raise ValueError("a key occurs twice")
     return entry
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -92,7 +102,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _depth(value: Any) -> int:
+def _depth(value: Json) -> int:
     """Nesting of a parsed document, without recursion."""
     deepest, stack = 0, [(value, 1)]
     while stack:
@@ -104,7 +114,7 @@ def _depth(value: Any) -> int:
     return deepest
 
 
-def loads(data: bytes, name: str) -> Any:
+def loads(data: bytes, name: str) -> Json:
     """Parse JSON bytes strictly.
 
     Raises `ArtifactError` with the file's `name` for bytes that are not UTF-8 JSON, for a key given
@@ -113,7 +123,7 @@ def loads(data: bytes, name: str) -> Any:
     if len(data) > MAX_BYTES:
         raise ArtifactError(f"{name}: {len(data)} bytes of JSON, wanted at most {MAX_BYTES}")
     try:
-        document = json.loads(
+        document: Json = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_no_constant,

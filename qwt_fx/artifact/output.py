@@ -12,10 +12,9 @@ import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from qwt_fx.artifact.artifact_index import INDEX, SCHEMA_KEY
-from qwt_fx.artifact.json_values import MAX_BYTES, loads
+from qwt_fx.artifact.json_values import MAX_BYTES, Json, loads
 from qwt_fx.errors import ArtifactError, OutputError
 
 try:
@@ -64,7 +63,7 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json_object(path: Path) -> dict[str, Json]:
     """The object in a JSON file of ours; empty for anything else."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
@@ -90,8 +89,9 @@ def foreign_entry(folder: Path) -> str | None:
     elif {"qwt_fx", "schema"} <= set(_json_object(folder / REPORT)):
         own |= {REPORT}
     exported = _json_object(folder / PREPROCESS)
-    if "qwt_fx" in exported and isinstance(exported.get("files"), list):
-        own |= {PREPROCESS, *(name for name in exported["files"] if isinstance(name, str))}
+    files = exported.get("files")
+    if "qwt_fx" in exported and isinstance(files, list):
+        own |= {PREPROCESS, *(name for name in files if isinstance(name, str))}
     return next((n for n in names if n not in own or (folder / n).is_symlink()), None)
 
 

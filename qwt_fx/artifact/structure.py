@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import keyword
 import re
-from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from qwt_fx.artifact.json_values import shown
+from qwt_fx.artifact.json_values import Json, shown
 from qwt_fx.errors import ArtifactError
 
 _MAX_DEPTH, _MAX_CHILDREN = 8, 256
@@ -21,10 +20,10 @@ _MAX_DEPTH, _MAX_CHILDREN = 8, 256
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
 
 
-def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    """Older torch has a field, newer a method."""
-    children = getattr(spec, "children", None)
-    return list(children() if callable(children) else spec.children_specs)
+def children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    """The parts of a structure: older torch has a field, newer a method."""
+    method = getattr(spec, "children", None)
+    return list(method() if callable(method) else spec.children_specs)
 
 
 def _is_key(value: object) -> bool:
@@ -36,7 +35,7 @@ def _is_key(value: object) -> bool:
     )
 
 
-def spec_to_json(spec: pytree.TreeSpec, where: str) -> Any:
+def spec_to_json(spec: pytree.TreeSpec, where: str) -> Json:
     """A structure as plain values; a leaf is "*".
 
     Raises `ArtifactError` for a class that is not registered by name, and for dict keys that are
@@ -44,16 +43,16 @@ def spec_to_json(spec: pytree.TreeSpec, where: str) -> Any:
     """
     if spec.is_leaf():
         return "*"
-    children = [spec_to_json(child, where) for child in _children(spec)]
+    parts = [spec_to_json(part, where) for part in children(spec)]
     if spec.type in (tuple, list):
-        return {spec.type.__name__: children}
+        return {spec.type.__name__: parts}
     keys = spec.context
-    if not isinstance(keys, list) or len(keys) != len(children) or not all(map(_is_key, keys)):
+    if not isinstance(keys, list) or len(keys) != len(parts) or not all(map(_is_key, keys)):
         raise ArtifactError(
             f"{where}: the structure {spec.type.__name__} cannot be stored: wanted tuples, lists, "
             "and dicts or model outputs whose keys are identifiers"
         )
-    pairs = [[k, c] for k, c in zip(keys, children, strict=True)]
+    pairs: Json = [[key, part] for key, part in zip(keys, parts, strict=True)]
     if spec.type is dict:
         return {"dict": pairs}
     name = _name(spec.type)
@@ -82,7 +81,7 @@ def _output_classes() -> dict[str, type]:
     }
 
 
-def spec_from_json(value: Any, where: str, depth: int = 0) -> pytree.TreeSpec:
+def spec_from_json(value: Json, where: str, depth: int = 0) -> pytree.TreeSpec:
     """Rebuild a structure. Raises `ArtifactError` for anything `spec_to_json` does not write."""
     if depth > _MAX_DEPTH:
         raise ArtifactError(f"{where}: the structure is nested too deeply")
@@ -94,40 +93,41 @@ def spec_from_json(value: Any, where: str, depth: int = 0) -> pytree.TreeSpec:
     if not isinstance(content, list) or len(content) > _MAX_CHILDREN:
         raise ArtifactError(f"{where}: the structure is malformed")
     if kind in ("tuple", "list"):
-        children = [spec_from_json(child, where, depth + 1) for child in content]
-        return pytree.TreeSpec(tuple if kind == "tuple" else list, None, children)
+        parts = [spec_from_json(part, where, depth + 1) for part in content]
+        return pytree.TreeSpec(tuple if kind == "tuple" else list, None, parts)
     if kind == "dict":
-        keys, children = _pairs(content, where, depth)
-        return pytree.TreeSpec(dict, keys, children)
+        keys, parts = _pairs(content, where, depth)
+        return pytree.TreeSpec(dict, keys, parts)
     if kind == "registered" and len(content) == 2:
         return _registered(content[0], content[1], where, depth)
     raise ArtifactError(f"{where}: the structure is malformed")
 
 
-def _registered(name: Any, pairs: Any, where: str, depth: int) -> pytree.TreeSpec:
+def _registered(name: Json, pairs: Json, where: str, depth: int) -> pytree.TreeSpec:
     cls = _output_classes().get(name) if isinstance(name, str) else None
     if cls is None:
         raise ArtifactError(
             f"{where}: the output class {shown(name)} is not registered: import the library that "
             "defines it before loading"
         )
-    keys, children = _pairs(pairs, where, depth)
+    keys, parts = _pairs(pairs, where, depth)
     fields = {f.name for f in dataclasses.fields(cls)}
     if unknown := [k for k in keys if k not in fields]:
         raise ArtifactError(f"{where}: the output class {name} has no field {unknown[0]}")
-    return pytree.TreeSpec(cls, keys, children)
+    return pytree.TreeSpec(cls, keys, parts)
 
 
-def _pairs(content: Any, where: str, depth: int) -> tuple[list[str], list[pytree.TreeSpec]]:
-    well_formed = isinstance(content, list) and all(
-        isinstance(pair, list) and len(pair) == 2 for pair in content
-    )
-    if not well_formed or len(content) > _MAX_CHILDREN:
+def _pairs(content: Json, where: str, depth: int) -> tuple[list[str], list[pytree.TreeSpec]]:
+    if not isinstance(content, list) or len(content) > _MAX_CHILDREN:
         raise ArtifactError(f"{where}: the structure is malformed")
-    keys = [pair[0] for pair in content]
-    for key in keys:
-        if not _is_key(key):
+    specs: dict[str, pytree.TreeSpec] = {}
+    for pair in content:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ArtifactError(f"{where}: the structure is malformed")
+        key = pair[0]
+        if not isinstance(key, str) or not _is_key(key):
             raise ArtifactError(f"{where}: {shown(key)} is not a name an input or output may have")
-    if len(set(keys)) != len(keys):
-        raise ArtifactError(f"{where}: a name occurs twice")
-    return keys, [spec_from_json(pair[1], where, depth + 1) for pair in content]
+        if key in specs:
+            raise ArtifactError(f"{where}: a name occurs twice")
+        specs[key] = spec_from_json(pair[1], where, depth + 1)
+    return list(specs), list(specs.values())
