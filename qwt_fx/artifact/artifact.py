@@ -75,39 +75,35 @@ def write_artifact(
     Raises `ArtifactError` for a graph or value that cannot be stored, `OutputError` when writing
     fails.
     """
-    return _write(directory, _describe_all(towers), config, extra)
+    return _write(directory, towers, _checked_documents(towers), config, extra)
 
 
-@dataclass(frozen=True)
-class _Described:
-    """A graph that can be stored: its document, and the same parsed."""
-
-    gm: GraphModule
-    json: dict[str, Json]
-    document: Document
+_Documents = dict[str, tuple[dict[str, Json], Document]]
+"""Of each tower: its document as JSON values, and the same parsed."""
 
 
-def _describe_all(towers: Mapping[str, GraphModule]) -> dict[str, _Described]:
-    """The towers' documents. Raises `ArtifactError` for a graph that could not be loaded again."""
+def _checked_documents(towers: Mapping[str, GraphModule]) -> _Documents:
+    """Raises `ArtifactError` for a graph that could not be loaded again."""
     if not towers:
         raise ArtifactError("an artifact needs at least one tower")
-    described = {}
+    documents = {}
     for name, gm in towers.items():
         require_tower_name(name)
         if has_graph_info(gm) and (reason := graph_info(gm).unstorable) is not None:
             raise ArtifactError(f"cannot save: {reason}")
         try:
-            json, document = describe(gm)
+            values, document = describe(gm)
             build(document, {path: get_attr(gm, path).detach() for path in document.tensors})
         except ArtifactError as error:
             raise ArtifactError(f"cannot save the graph {name!r}: {error}") from None
-        described[name] = _Described(gm, json, document)
-    return described
+        documents[name] = values, document
+    return documents
 
 
 def _write(
     directory: Path,
-    towers: Mapping[str, _Described],
+    towers: Mapping[str, GraphModule],
+    documents: _Documents,
     config: Mapping[str, object],
     extra: Mapping[str, object],
 ) -> ArtifactSizes:
@@ -115,12 +111,12 @@ def _write(
     files: dict[str, FileEntry] = {}
     path = directory
     try:
-        for name, tower in towers.items():
+        for name, (values, document) in documents.items():
             path = directory / f"{name}.safetensors"
-            save_file(file_tensors(tower.gm, tower.document.tensors), path)
+            save_file(file_tensors(towers[name], document.tensors), path)
             files[path.name] = file_entry(path)
             path = directory / f"{name}.graph.json"
-            path.write_bytes(dumps(tower.json))
+            path.write_bytes(dumps(values))
             files[path.name] = file_entry(path)
         # The index comes last: a folder without it is no artifact.
         path = directory / INDEX
@@ -185,10 +181,11 @@ def save_graph(gm: GraphModule, path: Path, *, force: bool = False) -> None:
     Raises `ArtifactError` for a graph that cannot be stored (nothing is written then) and
     `OutputError` for a target that must not or cannot be replaced.
     """
-    described = _describe_all({_MODEL: gm})
+    towers = {_MODEL: gm}
+    documents = _checked_documents(towers)
     config = graph_info(gm).config if has_graph_info(gm) else {}
     with OutputDirectory(path, force=force, keep_partial=False) as output:
-        _write(output.path, described, config, {})
+        _write(output.path, towers, documents, config, {})
 
 
 def load_graph(path: Path) -> GraphModule:

@@ -16,6 +16,7 @@ from stored_graphs import assert_same, captured, converted, mutate, reseal, seal
 from torch import nn
 
 from qwt_fx.artifact import artifact as artifact_module
+from qwt_fx.artifact import graph_json
 from qwt_fx.artifact.artifact import load_graph, read_artifact, save_graph, write_artifact
 from qwt_fx.errors import ArtifactError, OutputError, QwtError
 from qwt_fx.graph.graph_info import graph_info
@@ -149,6 +150,17 @@ def test_an_unstorable_graph_is_refused_before_anything_is_written(tmp_path: Pat
     with pytest.raises(ArtifactError, match="non-integer zero points"):
         save_graph(gm, tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_parses_and_builds_a_graph_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for owner, name in ((graph_json, "parse_document"), (artifact_module, "build")):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, f=function: calls.append(f.__name__) or f(*a))
+    save_graph(captured(), tmp_path / "a")
+    assert calls == ["parse_document", "build"]
 
 
 @pytest.mark.parametrize("extra", [{"a": object()}, {"a": torch.ones(1)}, {1: 2}, {"$float": "1"}])

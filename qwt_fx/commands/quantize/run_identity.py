@@ -58,22 +58,22 @@ def existing_report(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
 
 def _data(args: argparse.Namespace) -> dict[str, str]:
     """A digest of every file and folder that a flag names."""
-    found = {}
+    digests = {}
     for flag in _FILES:
         value = getattr(args, flag, None)
         if value is not None and os.path.isfile(value):
-            found[flag] = _digest([value])
+            digests[flag] = _digest([value])
     if (artifact := getattr(args, "artifact", None)) is not None:
         index = Path(artifact) / INDEX
         if index.is_file():
-            found["artifact"] = hashlib.sha256(index.read_bytes()).hexdigest()
+            digests["artifact"] = hashlib.sha256(index.read_bytes()).hexdigest()
     if (folder := getattr(args, "imagenet_val", None)) is not None:
-        found["imagenet_val"] = _digest(_below(folder))
+        digests["imagenet_val"] = _digest(_below(folder))
     if (pairs := getattr(args, "retrieval_data", None)) is not None:
-        found["retrieval_data"] = _digest(expand(pairs))
+        digests["retrieval_data"] = _digest(expand(pairs))
     if (data := getattr(args, "train_data", None)) is not None:
-        found["train_data"] = _digest(_calibration_files(data, args.dataset_type))
-    return found
+        digests["train_data"] = _digest(_calibration_files(data, args.dataset_type))
+    return digests
 
 
 def _calibration_files(spec: str, kind: str) -> Iterable[str]:
