@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Protocol
 
 from torch.fx import GraphModule
 
-from qwt_fx.backends.base import Backend
 from qwt_fx.backends.cuda.cuda import Cuda
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.x86.x86 import X86
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.measure.kernel_audit import LayerKernel
 
+
+class Backend(Protocol):
+    """Lowers a converted graph; the result is called like the graph and stays within a stated
+    tolerance of it."""
+
+    def lower(self, quantized: GraphModule) -> GraphModule:
+        """The graph, ready to run on this backend. The argument is not changed."""
+        ...
+
+    def audit(self, lowered: GraphModule) -> list[LayerKernel]:
+        """What computes each layer of a graph that this backend lowered."""
+        ...
+
+
 _BACKENDS: dict[str, Callable[..., Backend]] = {"eager": Eager, "x86": X86, "cuda": Cuda}
 _KEY = "qwt_fx_backend"  # gm.meta of a lowered graph: the name of its backend
 
 
-def backend_for(name: str, **options: Any) -> Backend:
+def backend_for(name: str, **options: object) -> Backend:
     """The backend with this name, its options being fields of its class.
 
     Raises `ConfigError` for an unknown name, option or value.
@@ -27,17 +40,15 @@ def backend_for(name: str, **options: Any) -> Backend:
     if name not in _BACKENDS:
         raise ConfigError(f"backend: got {name!r}, wanted one of {', '.join(_BACKENDS)}")
     backend = _BACKENDS[name]
-    options_of: list[str] = []
-    if is_dataclass(backend):
-        options_of = [f.name for f in fields(backend)]
-    if unknown := sorted(options.keys() - set(options_of)):
+    known = [f.name for f in fields(backend)] if is_dataclass(backend) else []
+    if unknown := sorted(options.keys() - set(known)):
         raise ConfigError(
-            f"backend {name!r}: got option {unknown[0]!r}, wanted {', '.join(options_of) or 'none'}"
+            f"backend {name!r}: got option {unknown[0]!r}, wanted {', '.join(known) or 'none'}"
         )
     return backend(**options)
 
 
-def lower_to(quantized: GraphModule, name: str, **options: Any) -> GraphModule:
+def lower_to(quantized: GraphModule, name: str, **options: object) -> GraphModule:
     """Lower a converted graph by the backend with this name, which the result remembers."""
     lowered = backend_for(name, **options).lower(quantized)
     lowered.meta[_KEY] = name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Node
 
@@ -44,5 +42,5 @@ def _is_quick_gelu(product: Node, scaled: Node, result: Node) -> bool:
     )
 
 
-def _is_pair(node: Node, one: Any, other: Any) -> bool:
+def _is_pair(node: Node, one: object, other: object) -> bool:
     return tuple(node.args) in ((one, other), (other, one))

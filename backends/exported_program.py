@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch._inductor
@@ -13,7 +12,8 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from qwt_fx.errors import PreconditionError
+from qwt_fx.backends.lowering import check_converted
+from qwt_fx.errors import PreconditionError, first_line
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.graph_source import recompile
@@ -27,10 +27,7 @@ _MAX_BATCH = 1 << 20
 def check_exportable(quantized: GraphModule, example_inputs: tuple[Tensor, ...]) -> None:
     """Raise `PreconditionError` for a graph not converted, one no integer type can hold, or an
     example that is a shorter text than the graph takes."""
-    if any(n.op == "call_module" for n in quantized.graph.nodes):
-        raise PreconditionError("the graph is not converted: call qwt_fx.convert first")
-    if reason := graph_info(quantized).unstorable:
-        raise PreconditionError(f"cannot export: {reason}")
+    check_converted(quantized, "export")
     context = graph_info(quantized).context_length
     lengths = [int(x.shape[1]) for x in example_inputs if context is not None]
     if any(length != context for length in lengths):
@@ -49,7 +46,7 @@ def export_program(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Expor
     Raises `PreconditionError` where torch.export cannot.
     """
     inputs = tuple(_two_samples(x) for x in example_inputs)
-    sizes: dict[int, Any] = {0: Dim("batch", min=1, max=_MAX_BATCH)}
+    sizes: dict[int, Dim] = {0: Dim("batch", min=1, max=_MAX_BATCH)}
     context = graph_info(gm).context_length
     if context is not None:
         # One below the context, as in qwt_fx.capture: a cut of a whole table would be a case of its
@@ -61,9 +58,9 @@ def export_program(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Expor
         with torch.no_grad():
             program = export(gm, inputs, dynamic_shapes=tuple(dict(sizes) for _ in inputs))
     except Exception as error:  # torch.export raises many kinds; each means "cannot export"
-        first = str(error).strip().splitlines() or [type(error).__name__]
         raise PreconditionError(
-            f"torch.export cannot export the quantized graph: {type(error).__name__}: {first[0]}"
+            f"torch.export cannot export the quantized graph: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     for symbol, values in program.range_constraints.items():
         if context is not None and values.upper == context - 1:
@@ -105,8 +102,9 @@ def save_aoti(quantized: GraphModule, path: Path, example_inputs: tuple[Tensor, 
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # Inductor raises many kinds
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise PreconditionError(f"AOTInductor cannot compile the graph: {first[0]}") from error
+        raise PreconditionError(
+            f"AOTInductor cannot compile the graph: {first_line(error)}"
+        ) from error
 
 
 def _standard_program(

@@ -6,14 +6,13 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx.backends.exported_program import save_aoti, save_pt2
-from qwt_fx.backends.onnx.layout import Storage
+from qwt_fx.backends.onnx.layout import WeightStorage
 from qwt_fx.backends.onnx.onnx import export_onnx
 from qwt_fx.backends.onnx.onnx_runtime import onnx_runtime_session
 from qwt_fx.errors import ConfigError, OutputError
@@ -58,7 +57,7 @@ def export_graph(
             else:
                 export_onnx(
                     quantized, target, example_inputs, input_names=input_names,
-                    output_names=output_names, storage=Storage(pack == "int4", pack == "int8"),
+                    output_names=output_names, storage=WeightStorage(pack == "int4", pack == "int8"),
                 )  # fmt: skip
             for part in sorted(Path(folder).iterdir(), key=lambda p: p.name == path.name):
                 os.chmod(part, 0o644)
@@ -75,7 +74,7 @@ def runner_of(path: Path, format: str, threads: int | None = None) -> Callable[[
     check_format(format)
     if format == "onnx":
         return onnx_runtime_session(path, threads=threads)
-    run: Any
+    run: Callable[[Tensor], Tensor]
     if format == "pt2":
         assert torch_ao.QUANTIZE_PER_TENSOR  # registers the operators that the file names
         run = torch.export.load(path).module()
@@ -84,7 +83,6 @@ def runner_of(path: Path, format: str, threads: int | None = None) -> Callable[[
 
     def without_gradients(x: Tensor) -> Tensor:
         with torch.no_grad():
-            features: Tensor = run(x)
-            return features
+            return run(x)
 
     return without_gradients

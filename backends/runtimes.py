@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,13 @@ from torch.fx import GraphModule
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.compiled import compile_graph
 from qwt_fx.backends.exports import SUFFIXES, export_graph, runner_of
+from qwt_fx.backends.lowering import floating_kernels
 from qwt_fx.backends.onnx.onnx_runtime import audit, onnx_runtime_session
 from qwt_fx.backends.onnx.openvino_runtime import openvino_model
 from qwt_fx.errors import ConfigError, PreconditionError
-from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.measure.kernel_audit import LayerKernel
 
-Run = Callable[[Tensor], Any]
+Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,19 +67,17 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensors.values())
 
 
-def _no_grad(module: Callable[..., Any]) -> Run:
-    def run(x: Tensor) -> Any:
+def _no_grad(module: nn.Module) -> Run:
+    def run(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return module(x)
+            features: Tensor = module(x)
+        return features
 
     return run
 
 
 def _floating_kernels(source: Source) -> list[LayerKernel]:
-    return [
-        LayerKernel(layer_name(node), False, str(node.target), "a floating-point runtime")
-        for node in compute_nodes(source.quantized)
-    ]
+    return floating_kernels(source.quantized, "a floating-point runtime")
 
 
 def _fp32_eager(source: Source) -> Prepared:
@@ -97,9 +94,10 @@ def _bf16_compile(source: Source) -> Prepared:
     """By autocast: products in bfloat16, norms and softmax in float32."""
     compiled = compile_graph(source.floating)
 
-    def run(x: Tensor) -> Any:
+    def run(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return compiled(x)
+            features: Tensor = compiled(x)
+        return features
 
     return Prepared(run, _floating_kernels(source), _bytes(source.floating))
 
@@ -121,11 +119,11 @@ def _cuda(source: Source) -> Prepared:
     source.quantized.to("cpu")
     compiled = torch.compile(lowered, mode="max-autotune", dynamic=False)
 
-    def run(x: Tensor) -> Any:
+    def run(x: Tensor) -> Tensor:
         with torch.no_grad():
-            result = compiled(x.to("cuda"))
+            features: Tensor = compiled(x.to("cuda"))
         torch.cuda.synchronize()
-        return result
+        return features
 
     return Prepared(run, audit_of(lowered), _bytes(lowered))
 
@@ -156,7 +154,7 @@ def _aoti(source: Source) -> Prepared:
     with tempfile.TemporaryDirectory() as folder:
         path = _exported(source, folder, "aoti", "auto")
         reason = "AOTInductor compiles q/dq operators and floating-point products"
-        kernels = [replace(k, reason=reason) for k in _floating_kernels(source)]
+        kernels = floating_kernels(source.quantized, reason)
         return Prepared(runner_of(path, "aoti"), kernels, path.stat().st_size)
 
 

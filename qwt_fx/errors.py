@@ -60,3 +60,9 @@ class NotCalibratedError(PreconditionError):
 
 class RankError(QwtError):
     """Another process of a distributed run ended or does not answer."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library, for use inside a message of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

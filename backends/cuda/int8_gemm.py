@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qwt_fx.backends.int8_arguments import ACTIVATIONS, Epilogue
+from qwt_fx.backends.cuda.epilogue import ACTIVATIONS, Epilogue
 from qwt_fx.errors import MissingExtraError, PreconditionError
 
 TRITON, INT_MM = "triton", "int_mm"

@@ -13,14 +13,12 @@ GPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwt_fx.backends.int8_arguments import Epilogue
+from qwt_fx.backends.cuda.epilogue import Epilogue
 
 # The interpreter cannot time configurations; it runs the plain kernel with these sizes.
 INTERPRETED_BLOCKS = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP_M": 2}
@@ -167,7 +165,7 @@ def launch(
     )  # fmt: skip
     arguments = (*tensors, rows, columns, inner, *limits)
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
+    def grid(meta: dict[str, int]) -> tuple[int]:
         tiles_m = (rows + meta["BLOCK_M"] - 1) // meta["BLOCK_M"]
         tiles_n = (columns + meta["BLOCK_N"] - 1) // meta["BLOCK_N"]
         return (tiles_m * tiles_n,)

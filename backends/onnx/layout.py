@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from qwt_fx.backends.x86.row_products import why_no_row_product
+from qwt_fx.backends.lowering import LayerRewriter, float_reason, integer_layers, why_no_row_product
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.graph.aten import SDPA
 from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.quant import torch_ao
-from qwt_fx.quant.integer_layers import FloatLayer, IntegerLayer, IntegerWeight, layers_to_lower
+from qwt_fx.quant.integer_layers import IntegerLayer, IntegerWeight, layers_to_lower
 
 aten = torch.ops.aten
 _INT4 = (-8, 7)
@@ -41,7 +41,7 @@ _NO_OVERFLOW = (-64, 63)
 
 
 @dataclass(frozen=True)
-class Storage:
+class WeightStorage:
     """How integer weights are stored.
 
     Attributes:
@@ -73,24 +73,20 @@ class Layout:
 
 
 def lay_out(
-    quantized: GraphModule, example_inputs: tuple[Tensor, ...], storage: Storage | None = None
+    quantized: GraphModule, example_inputs: tuple[Tensor, ...], storage: WeightStorage | None = None
 ) -> Layout:
     """Rewrite a copy of a converted graph; `example_inputs` are of full length, any batch."""
     gm = copy.deepcopy(quantized)
     layout = Layout(gm)
-    storage = storage or Storage()
+    storage = storage or WeightStorage()
     _record_shapes(gm, example_inputs)
     for node in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
         if why_not_decomposable(node) is None:
             decompose_attention(gm, node)
-    for layer in list(layers_to_lower(gm)):
-        if isinstance(layer, FloatLayer):
-            layout.reasons[layer.name] = layer.reason
-        elif (reason := why_no_row_product(layer)) is not None:
-            layout.reasons[layer.name] = reason
-        else:
-            layout.reasons[layer.name] = None
-            _rewrite(layout, layer, storage)
+    layers = integer_layers(gm, why_no_row_product)
+    layout.reasons |= {layer_name(node): float_reason(node) for node in compute_nodes(gm)}
+    for layer in layers:
+        _rewrite(layout, layer, storage)
     clean_up(gm)
     return layout
 
@@ -103,58 +99,59 @@ def _record_shapes(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> None:
         FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
 
 
-def _rewrite(layout: Layout, layer: IntegerLayer, storage: Storage) -> None:
-    gm, node = layout.graph_module, layer.node
-    call = gm.graph.call_function
-    with gm.graph.inserting_before(node):
-        codes: Node = layer.input.codes
-        for moved in layer.input.moved_by:
-            assert callable(moved.target)  # an operator that only moves elements
-            codes = call(moved.target, (codes, *moved.args[1:]), dict(moved.kwargs))
-        grid: list[Any] | None = None
+def _rewrite(layout: Layout, layer: IntegerLayer, storage: WeightStorage) -> None:
+    activation, rewriter = layer.input, LayerRewriter(layout.graph_module)
+    call = rewriter.call
+    source = layer.node.args[0]
+    assert isinstance(source, Node)  # a layer reads a node
+    with layout.graph_module.graph.inserting_before(layer.node):
+        codes, sizes = rewriter.moved(layer, activation.codes), None
         if layer.weight.codes.dim() == 4:
-            codes, grid = _patches(gm, codes, layer)
-        limits = (layer.input.quant_min, layer.input.quant_max, torch.uint8)
-        qparams = (layer.input.scale, layer.input.zero_point, *limits)
-        rows = layer.node.args[0].meta["val"].dim() == 2  # type: ignore[union-attr]
-        if rows:  # a product of two matrices and an addition become a floating-point Gemm
-            codes = call(aten.unsqueeze.default, (codes, 0))
-        activation = call(torch_ao.DEQUANTIZE_PER_TENSOR, (codes, *qparams))
-        weight = _weight(layout, layer, storage)
-        new = call(aten.matmul.default, (activation, weight))
+            codes, sizes = _patches(rewriter, codes, source.meta["val"].shape, layer)
+        matrix = source.meta["val"].dim() == 2
+        if matrix:  # a product of two matrices and an addition become a floating-point Gemm
+            codes = call(aten.unsqueeze.default, codes, 0)
+        limits = (activation.quant_min, activation.quant_max, torch.uint8)
+        dequantized = call(
+            torch_ao.DEQUANTIZE_PER_TENSOR, codes, activation.scale, activation.zero_point, *limits
+        )
+        new = call(aten.matmul.default, dequantized, _weight(layout, layer, storage))
         new.meta["layer"] = layer.name
-        if rows:
-            new = call(aten.squeeze.dim, (new, 0))
-        if layer.input.token_scale is not None:
-            new = call(aten.mul.Tensor, (new, layer.input.token_scale))
+        if matrix:
+            new = call(aten.squeeze.dim, new, 0)
+        if activation.token_scale is not None:
+            new = call(aten.mul.Tensor, new, activation.token_scale)
         if layer.bias is not None:
-            new = call(aten.add.Tensor, (new, layer.bias))
-        if grid is not None:
-            rows = call(aten.permute.default, (new, [0, 2, 1]))
-            new = call(aten.reshape.default, (rows, [grid[0], -1, *grid[1:]]))
-    if "val" in node.meta:
-        new.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(new)
-    gm.graph.erase_node(node)
+            new = call(aten.add.Tensor, new, layer.bias)
+        if sizes is not None:
+            samples, *grid = sizes
+            channels_first = call(aten.permute.default, new, [0, 2, 1])
+            new = call(aten.reshape.default, channels_first, [samples, -1, *grid])
+    rewriter.replace(layer.node, new)
 
 
-def _patches(gm: GraphModule, codes: Node, layer: IntegerLayer) -> tuple[Node, list[Any]]:
-    """Codes (n, c, h, w) as (n, gh gw, c kh kw), and the sizes [n, gh, gw]."""
-    call = gm.graph.call_function
+def _patches(
+    rewriter: LayerRewriter, codes: Node, shape: torch.Size, layer: IntegerLayer
+) -> tuple[Node, tuple[Node, int, int]]:
+    """Codes (n, c, h, w) as (n, gh gw, c kh kw), and the sizes (n, gh, gw).
+
+    By reshapes, because ONNX has no operator for the windows of `LayerRewriter.rows`.
+    """
+    call = rewriter.call
     channels, kh, kw = layer.weight.codes.shape[1:]
-    height, width = layer.node.args[0].meta["val"].shape[2:]  # type: ignore[union-attr]
+    height, width = shape[2:]
     gh, gw = height // kh, width // kw
-    samples = call(aten.sym_size.int, (codes, 0))
+    samples = call(aten.sym_size.int, codes, 0)
     if (height, width) != (gh * kh, gw * kw):  # what no patch covers
-        codes = call(aten.slice.Tensor, (codes, 2, 0, gh * kh))
-        codes = call(aten.slice.Tensor, (codes, 3, 0, gw * kw))
-    split = call(aten.reshape.default, (codes, [samples, channels, gh, kh, gw, kw]))
-    ordered = call(aten.permute.default, (split, [0, 2, 4, 1, 3, 5]))
-    rows = call(aten.reshape.default, (ordered, [samples, gh * gw, channels * kh * kw]))
-    return rows, [samples, gh, gw]
+        codes = call(aten.slice.Tensor, codes, 2, 0, gh * kh)
+        codes = call(aten.slice.Tensor, codes, 3, 0, gw * kw)
+    split = call(aten.reshape.default, codes, [samples, channels, gh, kh, gw, kw])
+    ordered = call(aten.permute.default, split, [0, 2, 4, 1, 3, 5])
+    rows = call(aten.reshape.default, ordered, [samples, gh * gw, channels * kh * kw])
+    return rows, (samples, gh, gw)
 
 
-def _weight(layout: Layout, layer: IntegerLayer, storage: Storage) -> Node:
+def _weight(layout: Layout, layer: IntegerLayer, storage: WeightStorage) -> Node:
     """The dequantized weight (in, out)."""
     gm, weight = layout.graph_module, layer.weight
     codes, zero_point, limits = _stored(weight, storage)
@@ -172,16 +169,18 @@ def _weight(layout: Layout, layer: IntegerLayer, storage: Storage) -> Node:
 
 
 def int8_changes_weights(quantized: GraphModule) -> bool:
-    """Whether some weights are stored as uint8 codes that `Storage(int8=True)` stores as int8."""
+    """Whether some weights are stored as uint8 codes that `WeightStorage(int8=True)` stores as int8."""
     weights = [la.weight for la in layers_to_lower(quantized) if isinstance(la, IntegerLayer)]
     return any(
-        _stored(weight, Storage())[0].dtype is torch.uint8
-        and _stored(weight, Storage(int8=True))[0].dtype is torch.int8
+        _stored(weight, WeightStorage())[0].dtype is torch.uint8
+        and _stored(weight, WeightStorage(int8=True))[0].dtype is torch.int8
         for weight in weights
     )
 
 
-def _stored(weight: IntegerWeight, storage: Storage) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def _stored(
+    weight: IntegerWeight, storage: WeightStorage
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Codes, zero points and the codes' limits as the export stores them."""
     signed = weight.signed()
     low, high = _NO_OVERFLOW

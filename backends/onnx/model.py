@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -32,13 +31,13 @@ def store_weights(model: ir.Model, packed: Collection[str]) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _source(value: Any) -> Any:
+def _source(value: ir.Value) -> ir.Value:
     """The initializer behind a cast, or the value itself."""
     node = value.producer()
     return node.inputs[0] if node is not None and node.op_type == "Cast" else value
 
 
-def _initializer(model: ir.Model, name: str, source: Any, kind: ir.DataType) -> ir.Value:
+def _initializer(model: ir.Model, name: str, source: ir.Value, kind: ir.DataType) -> ir.Value:
     """An initializer of another type with the values of `source`."""
     values = source.const_value.numpy().astype(kind.numpy())
     tensor = ir.tensor(values, dtype=kind, name=name)

@@ -10,32 +10,24 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx.backends.exported_program import check_exportable, export_program
-from qwt_fx.backends.onnx.layout import Layout, Storage, lay_out
-from qwt_fx.backends.onnx.onnx_runtime import LAYERS_KEY
-from qwt_fx.errors import MissingExtraError, PreconditionError
+from qwt_fx.backends.onnx.layout import Layout, WeightStorage, lay_out
+from qwt_fx.backends.onnx.onnx_runtime import LAYERS_KEY, import_extra
+from qwt_fx.errors import PreconditionError, first_line
 from qwt_fx.graph.aten import SDPA
 from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.version import __version__
 
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
 # A protobuf message holds less than 2 GiB; larger weights go to a file beside it.
 _LARGEST_FILE = 1_900_000_000
-
-
-def require_onnx() -> None:
-    """Raise `MissingExtraError` where the packages of the extra `onnx` are not installed."""
-    try:
-        import onnx_ir  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            f"ONNX export needs {error.name}: pip install 'qwt-fx[onnx]'"
-        ) from error
 
 
 def export_onnx(
@@ -45,7 +37,7 @@ def export_onnx(
     *,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    storage: Storage | None = None,
+    storage: WeightStorage | None = None,
 ) -> None:
     """Write a converted graph as an ONNX model; the graph is not changed.
 
@@ -60,13 +52,14 @@ def export_onnx(
     Raises `MissingExtraError` without the extra `onnx`, `PreconditionError` for a graph that is not
     converted, cannot be stored, or that the exporter cannot translate.
     """
-    require_onnx()
+    for package in ("onnx_ir", "onnxscript"):
+        import_extra(package, "onnx", "ONNX export")
     from qwt_fx.backends.onnx.model import drop_traces, name_products, store_weights
 
     check_exportable(quantized, example_inputs)
-    storage = storage or Storage()
+    storage = storage or WeightStorage()
     layout = lay_out(quantized, example_inputs, storage)
-    program: Any = _translate(layout, storage, example_inputs, input_names, output_names)
+    program = _translate(layout, storage, example_inputs, input_names, output_names)
     model = program.model
     store_weights(model, layout.packed)
     name_products(model, _product_names(layout), layout.layer_of)
@@ -79,11 +72,11 @@ def export_onnx(
 
 def _translate(
     layout: Layout,
-    storage: Storage,
+    storage: WeightStorage,
     example_inputs: tuple[Tensor, ...],
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
-) -> Any:
+) -> ONNXProgram:
     import torch.onnx
 
     from qwt_fx.backends.onnx.operators import OPSET, OPSET_INT4, translations
@@ -96,7 +89,7 @@ def _translate(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the exporter says about itself
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 exported,
                 dynamo=True,
                 verbose=False,
@@ -105,13 +98,14 @@ def _translate(
                 output_names=output_names,
                 custom_translation_table=translations(opset),
             )
+            assert program is not None  # of dynamo=True
+            return program
     except Exception as error:  # the exporter raises many kinds
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        first = str(cause).strip().splitlines() or [type(cause).__name__]
         raise PreconditionError(
-            f"torch.onnx cannot translate the quantized graph: {first[0]}"
+            f"torch.onnx cannot translate the quantized graph: {first_line(cause)}"
         ) from error
     finally:
         log.setLevel(level)

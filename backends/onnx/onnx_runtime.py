@@ -5,21 +5,30 @@ Only numpy and onnxruntime are needed to run; the audit reads ONNX Runtime's opt
 
 from __future__ import annotations
 
+import importlib
 import json
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwt_fx.errors import ArtifactError, MissingExtraError
+from qwt_fx.errors import ArtifactError, MissingExtraError, first_line
 from qwt_fx.measure.kernel_audit import LayerKernel
 from qwt_fx.measure.machine import sums_byte_products_exactly
 
+if TYPE_CHECKING:
+    import onnxruntime
+
+Images = npt.NDArray[np.float32]
+TokenIds = npt.NDArray[np.int64]
 LAYERS_KEY = "qwt_fx.layers"  # metadata: a JSON object, layer -> why it is not integer, or null
 
 _INTEGER = frozenset(
@@ -34,16 +43,37 @@ _FLOAT = frozenset(
 )  # fmt: skip
 
 
+def import_extra(package: str, extra: str, purpose: str) -> ModuleType:
+    """A package of an extra. Raises `MissingExtraError` where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs {error.name}: pip install 'qwt-fx[{extra}]'"
+        ) from error
+
+
+def layer_reasons(metadata: Mapping[str, str], path: Path) -> dict[str, str | None]:
+    """Layer -> why it is not computed from integers, as an exported model's metadata says.
+
+    Raises `ArtifactError` for a model that qwt-fx did not write.
+    """
+    if LAYERS_KEY not in metadata:
+        raise ArtifactError(f"{path}: it was not exported by qwt-fx: its metadata names no layers")
+    reasons: dict[str, str | None] = json.loads(metadata[LAYERS_KEY])
+    return reasons
+
+
 @dataclass(frozen=True)
 class OnnxRuntimeSession:
     """An exported tower in ONNX Runtime: called with a tensor, or an array, of its one input."""
 
-    session: Any
+    session: onnxruntime.InferenceSession
     input_name: str
 
-    def run(self, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def run(self, inputs: Images | TokenIds) -> npt.NDArray[np.float32]:
         """Features (n, e) float32 of images (n, 3, h, w) float32 or token ids (n, length) int64."""
-        features: np.ndarray[Any, Any] = self.session.run(None, {self.input_name: inputs})[0]
+        features: npt.NDArray[np.float32] = self.session.run(None, {self.input_name: inputs})[0]
         return features
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -64,12 +94,7 @@ def onnx_runtime_session(path: Path, *, threads: int | None = None) -> OnnxRunti
 
 
 def _session(path: Path, threads: int | None, optimized: Path | None) -> OnnxRuntimeSession:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError(
-            f"running ONNX models needs {error.name}: pip install 'qwt-fx[onnx]'"
-        ) from error
+    onnxruntime = import_extra("onnxruntime", "onnx", "running ONNX models")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     # Weights alone quantized: by default ONNX Runtime rounds the activations beside them to 8 bits.
@@ -86,8 +111,7 @@ def _session(path: Path, threads: int | None, optimized: Path | None) -> OnnxRun
             str(path), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's errors have no common base
-        first = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{path}: ONNX Runtime cannot open it: {first}") from error
+        raise ArtifactError(f"{path}: ONNX Runtime cannot open it: {first_line(error)}") from error
     return OnnxRuntimeSession(session, session.get_inputs()[0].name)
 
 
@@ -96,12 +120,7 @@ def audit(path: Path) -> list[LayerKernel]:
 
     Raises `MissingExtraError` without the extra `onnx`, `ArtifactError` for another model.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the audit needs {error.name}: pip install 'qwt-fx[onnx]'"
-        ) from error
+    onnx = import_extra("onnx", "onnx", "the audit")
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = _session(path, 1, optimized).session
@@ -111,24 +130,15 @@ def audit(path: Path) -> list[LayerKernel]:
         if node.op_type in _INTEGER | _FLOAT:
             # A fusion adds its own name behind a slash.
             kernels[node.name.partition("/")[0]].append(node.op_type)
-    layers = json.loads(_metadata(session, path))
-    return [_kernel(name, reason, kernels.get(name, [])) for name, reason in layers.items()]
+    reasons = layer_reasons(session.get_modelmeta().custom_metadata_map, path)
+    return [_kernel(name, reason, kernels.get(name, [])) for name, reason in reasons.items()]
 
 
-def _metadata(session: Any, path: Path) -> str:
-    known = session.get_modelmeta().custom_metadata_map
-    if LAYERS_KEY not in known:
-        raise ArtifactError(f"{path}: it was not exported by qwt-fx: its metadata names no layers")
-    text: str = known[LAYERS_KEY]
-    return text
-
-
-def _kernel(name: str, reason: str | None, found: list[str]) -> LayerKernel:
-    kernel = " + ".join(dict.fromkeys(found)) or "not identified"
-    if found and all(kind in _INTEGER for kind in found):
+def _kernel(name: str, reason: str | None, operators: list[str]) -> LayerKernel:
+    kernel = " + ".join(dict.fromkeys(operators)) or "not identified"
+    if operators and all(operator in _INTEGER for operator in operators):
         return LayerKernel(name, True, kernel)
-    if not found:
-        return LayerKernel(name, False, kernel, reason or "ONNX Runtime's graph does not name it")
-    return LayerKernel(
-        name, False, kernel, reason or f"ONNX Runtime computes it in floating point ({kernel})"
-    )
+    default = f"ONNX Runtime computes it in floating point ({kernel})"
+    if not operators:
+        default = "ONNX Runtime's graph does not name it"
+    return LayerKernel(name, False, kernel, reason or default)

@@ -7,19 +7,21 @@ weights lose accuracy there.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwt_fx.backends.onnx.onnx_runtime import LAYERS_KEY
-from qwt_fx.errors import ArtifactError, MissingExtraError
+from qwt_fx.backends.onnx.onnx_runtime import import_extra, layer_reasons
+from qwt_fx.errors import ArtifactError, first_line
 from qwt_fx.measure.kernel_audit import LayerKernel
+
+if TYPE_CHECKING:
+    import openvino
 
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"})
 
@@ -28,7 +30,7 @@ _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProd
 class OpenVinoModel:
     """An exported tower, compiled by OpenVINO: called with a tensor of its one input."""
 
-    compiled: Any
+    compiled: openvino.CompiledModel
     layers: dict[str, str | None]
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -56,33 +58,20 @@ def openvino_model(path: Path, *, threads: int | None = None) -> OpenVinoModel:
     Raises `MissingExtraError` without the extra `openvino`, `ArtifactError` for a file it cannot
     compile or that qwt-fx did not write.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingExtraError(
-            f"running in OpenVINO needs {error.name}: pip install 'qwt-fx[openvino]'"
-        ) from error
+    openvino = import_extra("openvino", "openvino", "running in OpenVINO")
     options = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
     try:
         compiled = openvino.Core().compile_model(str(path), "CPU", options)
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ArtifactError(f"{path}: OpenVINO cannot compile it: {first}") from error
-    return OpenVinoModel(compiled, _layers(path))
-
-
-def _layers(path: Path) -> dict[str, str | None]:
-    import onnx
+        raise ArtifactError(f"{path}: OpenVINO cannot compile it: {first_line(error)}") from error
+    import onnx  # the extra brings it
 
     model = onnx.load(str(path), load_external_data=False)
-    known = {entry.key: entry.value for entry in model.metadata_props}
-    if LAYERS_KEY not in known:
-        raise ArtifactError(f"{path}: it was not exported by qwt-fx: its metadata names no layers")
-    layers: dict[str, str | None] = json.loads(known[LAYERS_KEY])
-    return layers
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return OpenVinoModel(compiled, layer_reasons(metadata, path))
 
 
-def _reader(info: Any) -> Callable[[str], str]:
+def _reader(info: Mapping[str, object]) -> Callable[[str], str]:
     def read(key: str) -> str:
         value = info[key]
         return str(getattr(value, "value", value))
@@ -95,6 +84,5 @@ def _kernel(name: str, reason: str | None, kernel: str | None) -> LayerKernel:
         return LayerKernel(name, False, "not identified", reason or "fused into something else")
     if kernel.lower().endswith("i8"):
         return LayerKernel(name, True, kernel)
-    return LayerKernel(
-        name, False, kernel, reason or f"OpenVINO computes it in floating point ({kernel})"
-    )
+    default = f"OpenVINO computes it in floating point ({kernel})"
+    return LayerKernel(name, False, kernel, reason or default)

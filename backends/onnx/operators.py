@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import onnx_ir
+import numpy.typing as npt
+import onnx_ir as ir
 import torch
 from onnxscript import opset18, opset20
 from onnxscript.onnx_opset import opset21
@@ -28,16 +28,16 @@ OPSET_INT4 = 21
 _TYPES = {torch.uint8: np.uint8, torch.int8: np.int8}
 
 
-def translations(opset: int) -> dict[Any, Callable[..., Any]]:
+def translations(opset: int) -> dict[Callable[..., object], Callable[..., ir.Value]]:
     """ATen or custom operator -> a function that writes ONNX nodes, for this opset."""
-    op: Any = {18: opset18, 20: opset20, 21: opset21}[opset]
+    op = {18: opset18, 20: opset20, 21: opset21}[opset]
 
-    def constant(value: Any, dtype: Any) -> Any:
-        return op.Constant(value=onnx_ir.tensor(np.asarray(value, dtype=dtype)))
+    def constant(value: npt.ArrayLike, dtype: type[np.generic]) -> ir.Value:
+        return op.Constant(value=ir.tensor(np.asarray(value, dtype=dtype)))
 
     def quantize_per_tensor(
-        x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int
-    ) -> Any:
+        x: ir.Value, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int
+    ) -> ir.Value:
         step = np.float32(scale)
         kind = _numpy_type(dtype)
         if (quant_min, quant_max) != (np.iinfo(kind).min, np.iinfo(kind).max):
@@ -46,54 +46,50 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
         return op.QuantizeLinear(x, constant(step, np.float32), constant(zero_point, kind))
 
     def dequantize_per_tensor(
-        codes: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int
-    ) -> Any:
+        codes: ir.Value, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int
+    ) -> ir.Value:
         kind = _numpy_type(dtype)
         return op.DequantizeLinear(codes, constant(scale, np.float32), constant(zero_point, kind))
 
     def quantize_per_channel(
-        x: Any, scales: Any, zero_points: Any, axis: int, quant_min: int, quant_max: int, dtype: int
-    ) -> Any:
+        x: ir.Value, scales: ir.Value, zero_points: ir.Value,
+        axis: int, quant_min: int, quant_max: int, dtype: int,
+    ) -> ir.Value:  # fmt: skip
         # Clip takes scalar limits only; Max and Min broadcast.
-        zeros = op.Cast(zero_points, to=onnx_ir.DataType.FLOAT)
-        shape = constant([-1] + [1] * (_rank(x) - 1 - axis), np.int64)
+        zeros = op.Cast(zero_points, to=ir.DataType.FLOAT)
+        shape = constant([-1] + [1] * (len(x.shape) - 1 - axis), np.int64)
         low, high = (
             op.Reshape(op.Mul(scales, op.Sub(constant(limit, np.float32), zeros)), shape)
             for limit in (quant_min, quant_max)
         )
-        kind = onnx_ir.DataType.from_numpy(np.dtype(_numpy_type(dtype)))
+        kind = ir.DataType.from_numpy(np.dtype(_numpy_type(dtype)))
         limited = op.Min(op.Max(x, low), high)
         return op.QuantizeLinear(limited, scales, op.Cast(zero_points, to=kind), axis=axis)
 
     def dequantize_per_channel(
-        codes: Any,
-        scales: Any,
-        zero_points: Any,
-        axis: int,
-        quant_min: int,
-        quant_max: int,
-        dtype: int,
-    ) -> Any:
+        codes: ir.Value, scales: ir.Value, zero_points: ir.Value | None,
+        axis: int, quant_min: int, quant_max: int, dtype: int,
+    ) -> ir.Value:  # fmt: skip
         if zero_points is None:
             return op.DequantizeLinear(codes, scales, axis=axis)
         if zero_points.dtype != codes.dtype:
             zero_points = op.Cast(zero_points, to=codes.dtype)
         return op.DequantizeLinear(codes, scales, zero_points, axis=axis)
 
-    def quantize_log_sqrt2(x: Any, scale: float, bits: int) -> Any:
+    def quantize_log_sqrt2(x: ir.Value, scale: float, bits: int) -> ir.Value:
         halves = op.Mul(
             op.Log(op.Div(x, constant(scale, np.float32))),
             constant(-2.0 / math.log(2.0), np.float32),
         )
         last = 2**bits - 1
         codes = op.Clip(op.Round(halves), constant(0.0, np.float32), constant(last, np.float32))
-        return op.Cast(codes, to=onnx_ir.DataType.UINT8)
+        return op.Cast(codes, to=ir.DataType.UINT8)
 
-    def dequantize_log_sqrt2(codes: Any, scale: float, bits: int) -> Any:
+    def dequantize_log_sqrt2(codes: ir.Value, scale: float, bits: int) -> ir.Value:
         # As many values as codes: a table holds them exactly.
         every = torch.arange(2**bits, dtype=torch.int32).to(torch.uint8)
         values = log_sqrt2_values(every, scale, bits).numpy()
-        return op.Gather(constant(values, np.float32), op.Cast(codes, to=onnx_ir.DataType.INT32))
+        return op.Gather(constant(values, np.float32), op.Cast(codes, to=ir.DataType.INT32))
 
     return {
         torch_ao.QUANTIZE_PER_TENSOR: quantize_per_tensor,
@@ -105,12 +101,8 @@ def translations(opset: int) -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _numpy_type(dtype: Any) -> Any:
+def _numpy_type(dtype: int | torch.dtype) -> type[np.integer[npt.NBitBase]]:
     """The exporter gives a torch dtype as it is, or as ONNX's number."""
     if isinstance(dtype, torch.dtype):
         return _TYPES[dtype]
-    return onnx_ir.DataType(int(dtype)).numpy().type
-
-
-def _rank(value: Any) -> int:
-    return len(value.shape)
+    return ir.DataType(int(dtype)).numpy().type

@@ -10,14 +10,12 @@ it is given: 1.702 goes into the product's scale and bias and 1 / 1.702 into the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.activations import QUICK_GELU_FACTOR, fused_activation
-from qwt_fx.backends.x86.saturation import QLINEAR
+from qwt_fx.backends.x86.saturation import NO_POST_OP, QLINEAR
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.nodes import is_call, tensor_of
 from qwt_fx.quant import torch_ao
@@ -27,8 +25,8 @@ FUSED = "x86_fused"  # meta: what a product applies before it is written
 _UINT8_MAX = 255
 
 # Our name -> the kernel's post op, its arguments and its algorithm.
-_POST_OPS: dict[str, tuple[str, list[Any], str]] = {
-    "none": ("none", [], ""),
+_POST_OPS: dict[str, tuple[str, list[float], str]] = {
+    "none": NO_POST_OP,
     "gelu": ("gelu", [], "none"),
     "gelu_tanh": ("gelu", [], "tanh"),
     "quick_gelu": ("swish", [], ""),

@@ -18,9 +18,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qwt_fx.backends.packed_weight import PREPACK
+from qwt_fx.backends.x86.packed_weight import PREPACK
 
 QLINEAR = torch.ops.onednn.qlinear_pointwise.default
+NO_POST_OP: tuple[str, list[float], str] = ("none", [], "")  # name, arguments, algorithm
 _INT16 = 32767
 _UINT8, _INT8 = 255, 127
 # (rows, inner, outer): oneDNN picks its kernel by shape; one row alone is another kernel.
@@ -43,7 +44,7 @@ def _exact(rows: int, inner: int, outer: int) -> bool:
     weight[1::2] = -_INT8 - 1
     ones, zeros = torch.ones(outer), torch.zeros(outer, dtype=torch.int32)
     product = QLINEAR(
-        codes, 1.0, 0, PREPACK(weight, None), ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        codes, 1.0, 0, PREPACK(weight, None), ones, zeros, None, 1.0, 0, torch.float32, *NO_POST_OP
     )  # fmt: skip
     return bool(torch.equal(product.long(), codes.long() @ weight.long().T))  # below 2^24: exact
 

@@ -10,17 +10,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.eager import Eager
+from qwt_fx.backends.lowering import audit_graph, integer_layers
 from qwt_fx.backends.x86.fusion import FUSED, fuse_quantizers
 from qwt_fx.backends.x86.layer import PARTS, QLINEAR_ADD, LayerLowering, why_not
 from qwt_fx.backends.x86.saturation import QLINEAR
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.nodes import compute_nodes, is_call, layer_name
+from qwt_fx.graph.nodes import is_call
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.measure.kernel_audit import LayerKernel
 from qwt_fx.quant import torch_ao
-from qwt_fx.quant.integer_layers import FloatLayer, layers_to_lower
 
-_REASON = "float_reason"  # meta of a product left in floating point
 _PRODUCTS = frozenset({QLINEAR, QLINEAR_ADD})
 
 
@@ -43,12 +42,8 @@ class X86:
             )
         _share_quantizers(gm)
         lowering = LayerLowering(gm)
-        for layer in list(layers_to_lower(gm)):
-            reason = layer.reason if isinstance(layer, FloatLayer) else why_not(layer)
-            if isinstance(layer, FloatLayer) or reason is not None:
-                layer.node.meta[_REASON] = reason
-            else:
-                lowering.lower(layer)
+        for layer in integer_layers(gm, why_not):
+            lowering.lower(layer)
         gm.graph.eliminate_dead_code()
         fuse_quantizers(gm)
         clean_up(gm)
@@ -56,17 +51,10 @@ class X86:
 
     def audit(self, lowered: GraphModule) -> list[LayerKernel]:
         """What computes each layer of a graph this backend lowered, in graph order."""
-        floating = set(compute_nodes(lowered))
-        found: dict[str, LayerKernel] = {}
-        for node in lowered.graph.nodes:
-            if is_call(node, _PRODUCTS):
-                name = layer_name(node)
-                found.setdefault(name, LayerKernel(name, True, _kernel(node)))
-            elif node in floating:
-                reason = node.meta.get(_REASON, "the graph was not lowered by the x86 backend")
-                name = layer_name(node)
-                found.setdefault(name, LayerKernel(name, False, str(node.target), reason))
-        return list(found.values())
+        kernels: dict[str, LayerKernel] = {}  # a layer of several products is listed once
+        for kernel in audit_graph(lowered, _PRODUCTS, _kernel, "x86"):
+            kernels.setdefault(kernel.name, kernel)
+        return list(kernels.values())
 
 
 def _kernel(node: Node) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -12,7 +10,7 @@ from qwt_fx.backends.cuda.int8_gemm import INT8_LINEAR
 from qwt_fx.errors import PreconditionError
 from qwt_fx.graph.aten import CONVOLUTIONS, LAYER_NORM, LINEAR, MATMULS, RMS_NORM
 from qwt_fx.graph.edits import add_tensor
-from qwt_fx.graph.nodes import get_attr, is_call, tensor_of
+from qwt_fx.graph.nodes import is_call, tensor_of
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
 
@@ -54,10 +52,11 @@ def cast_floating(gm: GraphModule, dtype: torch.dtype) -> None:
             _cast_for(gm, node, [u for u in node.users if is_call(u, _ONE_DTYPE)], dtype)
         elif is_call(node, _DEQUANTIZE):
             _cast_for(gm, node, list(node.users), dtype)
-        elif is_call(node, {INT8_LINEAR}):
+        elif is_call(node, {INT8_LINEAR}) or (
+            node.op == "call_function" and node.target not in _KEEP
+        ):
             node.args = tuple(dtype if a is torch.float32 else a for a in node.args)
-        elif node.op == "call_function" and node.target not in _KEEP:
-            _replace_dtype(node, dtype)
+            node.kwargs = {k: dtype if v is torch.float32 else v for k, v in node.kwargs.items()}
         elif is_call(node, {ops.QUANTIZE_LOG_SQRT2}):
             with gm.graph.inserting_before(node):
                 wide = gm.graph.call_function(aten.to.dtype, (node.args[0], torch.float32))
@@ -68,8 +67,8 @@ def cast_floating(gm: GraphModule, dtype: torch.dtype) -> None:
 
 
 def _other_dtypes(gm: GraphModule, dtype: torch.dtype) -> set[torch.dtype]:
-    found = {p.dtype for p in gm.parameters() if p.is_floating_point()}
-    return found - {torch.float32, dtype}
+    dtypes = {p.dtype for p in gm.parameters() if p.is_floating_point()}
+    return dtypes - {torch.float32, dtype}
 
 
 def _cast_constant(gm: GraphModule, node: Node, dtype: torch.dtype) -> None:
@@ -92,11 +91,6 @@ def _cast_for(gm: GraphModule, node: Node, readers: list[Node], dtype: torch.dty
         reader.replace_input_with(node, cast)
 
 
-def _replace_dtype(node: Node, dtype: torch.dtype) -> None:
-    node.args = tuple(dtype if a is torch.float32 else a for a in node.args)
-    node.kwargs = {k: dtype if v is torch.float32 else v for k, v in node.kwargs.items()}
-
-
 def _cast_outputs(gm: GraphModule, output: Node) -> None:
     for node in output.all_input_nodes:
         value = node.meta.get("val")
@@ -113,11 +107,10 @@ def _store_cast_constants(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if not is_call(node, {aten.to.dtype}) or len(node.args) != 2 or node.kwargs:
             continue
-        source: Any = node.args[0]
-        if not isinstance(source, Node) or source.op != "get_attr":
+        source = node.args[0]
+        if (value := tensor_of(gm, source)) is None:
             continue
-        value = get_attr(gm, str(source.target)).detach().to(node.args[1])
         with gm.graph.inserting_before(node):
-            stored = add_tensor(gm, f"{source.target}_cast", value)
+            stored = add_tensor(gm, f"{source.target}_cast", value.detach().to(node.args[1]))
         node.replace_all_uses_with(stored)
         gm.graph.erase_node(node)

@@ -18,8 +18,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
+from qwt_fx.backends.cuda.epilogue import ACTIVATIONS, Epilogue
 from qwt_fx.backends.cuda.int8_triton import launch
-from qwt_fx.backends.int8_arguments import ACTIVATIONS, Epilogue
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = [(1, 1, 1), (19, 37, 45), (5, 33, 128), (49, 70, 131)]

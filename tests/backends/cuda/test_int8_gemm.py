@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from qwt_fx.backends.cuda.epilogue import ACTIVATIONS, Epilogue
 from qwt_fx.backends.cuda.int8_gemm import INT8_LINEAR, by_int_mm
-from qwt_fx.backends.int8_arguments import ACTIVATIONS, Epilogue
 from qwt_fx.errors import PreconditionError
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,14 @@ from toys import Tower, randomize, tokens
 import qwt_fx
 from qwt_fx import QuantConfig
 from qwt_fx.clip.towers import ImageTower, TextTower
-from qwt_fx.errors import ConfigError, MissingExtraError, PreconditionError
+from qwt_fx.errors import ArtifactError, ConfigError, MissingExtraError, PreconditionError
 from qwt_fx.measure.kernel_audit import refuse_if_float
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from qwt_fx.backends.onnx.onnx_runtime import audit, onnx_runtime_session  # noqa: E402
+from qwt_fx.backends.onnx.onnx_runtime import audit, layer_reasons, onnx_runtime_session  # noqa: E402
 
 CONTEXT = 12
 
@@ -313,3 +314,55 @@ def test_openvino_computes_from_integers_and_agrees(tmp_path: Path) -> None:
     kernels = {k.name: k for k in model.audit()}
     assert kernels["visual.transformer.resblocks.0.mlp.c_fc"].integer
     assert not kernels["visual.proj"].integer
+
+
+class OpenVino:
+    """Stands in for the package: a compiled graph of the nodes given."""
+
+    def __init__(self, nodes: list[dict[str, str]], error: str = "") -> None:
+        self.nodes, self.error = nodes, error
+
+    def Core(self) -> OpenVino:
+        return self
+
+    def compile_model(self, path: str, device: str, options: dict[str, int]) -> OpenVino:
+        if self.error:
+            raise RuntimeError(self.error)
+        return self
+
+    def get_runtime_model(self) -> OpenVino:
+        return self
+
+    def get_ordered_ops(self) -> list[Any]:
+        return [SimpleNamespace(get_rt_info=lambda node=node: node) for node in self.nodes]
+
+
+def test_the_audit_of_openvino_reads_the_compiled_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwt_fx.backends.onnx.openvino_runtime import openvino_model
+
+    q, batch = quantized("image", recipe="repq-vit")
+    path = exported(q, batch, tmp_path, "image", pack="int8")
+    first, second, *_ = (k.name for k in audit(path) if k.integer)
+    kind = {"layerType": "FullyConnected"}
+    nodes = [
+        kind | {"originalLayersNames": first, "primitiveType": "brgemm_avx512_i8"},
+        kind | {"originalLayersNames": f"a,{second}", "primitiveType": "gemm_f32"},
+        {"layerType": "Reorder", "originalLayersNames": "visual.proj", "primitiveType": "i8"},
+    ]
+    monkeypatch.setitem(sys.modules, "openvino", OpenVino(nodes))
+    kernels = {k.name: k for k in openvino_model(path).audit()}
+    assert kernels[first].integer
+    assert kernels[first].kernel == "FullyConnected brgemm_avx512_i8"
+    assert "OpenVINO computes it in floating point" in str(kernels[second].reason)
+    assert kernels["visual.proj"].reason == "its parameter is not quantized"
+    assert kernels["visual.proj"].kernel == "not identified"
+    monkeypatch.setitem(sys.modules, "openvino", OpenVino([], "one line\nanother"))
+    with pytest.raises(ArtifactError, match=r"OpenVINO cannot compile it: one line$"):
+        openvino_model(path)
+
+
+def test_models_of_others_have_no_audit() -> None:
+    with pytest.raises(ArtifactError, match=r"a\.onnx: it was not exported by qwt-fx"):
+        layer_reasons({"producer": "other"}, Path("a.onnx"))

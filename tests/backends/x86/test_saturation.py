@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwt_fx.backends.packed_weight import PREPACK, PackedWeight
+from qwt_fx.backends.x86.packed_weight import PREPACK, PackedWeight
 from qwt_fx.backends.x86.saturation import QLINEAR, fits_int16, saturates, split
 
 CODES = (255, 127, 63, 15)
