@@ -107,10 +107,11 @@ def _store_cast_constants(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if not is_call(node, {aten.to.dtype}) or len(node.args) != 2 or node.kwargs:
             continue
-        source = node.args[0]
-        if (value := tensor_of(gm, source)) is None:
+        source, dtype = node.args
+        value = tensor_of(gm, source)
+        if not isinstance(source, Node) or not isinstance(dtype, torch.dtype) or value is None:
             continue
         with gm.graph.inserting_before(node):
-            stored = add_tensor(gm, f"{source.target}_cast", value.detach().to(node.args[1]))
+            stored = add_tensor(gm, f"{source.target}_cast", value.detach().to(dtype))
         node.replace_all_uses_with(stored)
         gm.graph.erase_node(node)

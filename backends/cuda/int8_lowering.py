@@ -49,30 +49,16 @@ def why_not(layer: IntegerLayer) -> str | None:
     return why_no_row_product(layer)
 
 
-@dataclass(frozen=True)
-class _StackedWeight:
-    """Weights that read the same codes as one, rows one below the other.
-
-    w' (out, in) int8, v' (out,) int32 or `None` where all are 0, the weights' scales (out,).
-    """
-
-    codes: Tensor
-    zero_point: Tensor | None
-    scale: Tensor
-
-
-def _stack(layers: Sequence[IntegerLayer]) -> _StackedWeight:
-    matrices, zero_points = zip(*(signed_matrix(layer.weight) for layer in layers), strict=True)
-    zero_point = None
-    if any(v is not None for v in zero_points):
-        zero_point = torch.cat(
-            [
-                w.new_zeros(len(w), dtype=torch.int32) if v is None else v
-                for w, v in zip(matrices, zero_points, strict=True)
-            ]
-        )
-    scale = torch.cat([layer.weight.scale for layer in layers])
-    return _StackedWeight(torch.cat(matrices), zero_point, scale)
+def _stack(layers: Sequence[IntegerLayer]) -> tuple[Tensor, Tensor | None]:
+    """`signed_matrix` of layers that read the same codes: rows one below the other."""
+    pairs = [signed_matrix(layer.weight) for layer in layers]
+    matrix = torch.cat([codes for codes, _ in pairs])
+    if all(zero_point is None for _, zero_point in pairs):
+        return matrix, None
+    zeros = (codes.new_zeros(len(codes), dtype=torch.int32) for codes, _ in pairs)
+    return matrix, torch.cat(
+        [v if v is not None else z for (_, v), z in zip(pairs, zeros, strict=True)]
+    )
 
 
 @dataclass
@@ -120,20 +106,21 @@ class Int8Lowering(LayerRewriter):
         return self._signed[unsigned]
 
     def _linear(self, layers: Sequence[IntegerLayer], codes: Node, activation: str) -> Node:
-        quantizer, weight, base = layers[0].input, _stack(layers), layers[0].name
-        sums = weight.codes.sum(dim=1, dtype=torch.int64)  # of w' - v'
-        shift = None
-        if weight.zero_point is not None:
-            sums = sums - weight.codes.shape[1] * weight.zero_point.long()
-            shift = add_tensor(self.gm, f"{base}_weight_shift", weight.zero_point)
+        quantizer, base = layers[0].input, layers[0].name
+        weight, zero_point = _stack(layers)
+        scale = torch.cat([layer.weight.scale for layer in layers])
+        sums, shift = weight.sum(dim=1, dtype=torch.int64), None  # of w' - v'
+        if zero_point is not None:
+            sums = sums - weight.shape[1] * zero_point.long()
+            shift = add_tensor(self.gm, f"{base}_weight_shift", zero_point)
         constants = {
-            "weight_int8": weight.codes,
-            "scale": (weight.scale.double() * quantizer.scale).float(),
+            "weight_int8": weight,
+            "scale": (scale.double() * quantizer.scale).float(),
             "offset": (-(quantizer.zero_point - SHIFT) * sums).to(torch.int32),
         }
         nodes = [add_tensor(self.gm, f"{base}_{name}", value) for name, value in constants.items()]
         bias = layers[0].bias if len(layers) == 1 else self._stacked_bias(layers)
-        fits = all(size % INT_MM_MULTIPLE == 0 for size in weight.codes.shape)
+        fits = all(size % INT_MM_MULTIPLE == 0 for size in weight.shape)
         gemm = INT_MM if self.gemm == INT_MM and fits else TRITON
         node = self.call(
             INT8_LINEAR, codes, *nodes, bias, quantizer.token_scale, shift,

@@ -105,7 +105,8 @@ def _rewrite(layout: Layout, layer: IntegerLayer, storage: WeightStorage) -> Non
     source = layer.node.args[0]
     assert isinstance(source, Node)  # a layer reads a node
     with layout.graph_module.graph.inserting_before(layer.node):
-        codes, sizes = rewriter.moved(layer, activation.codes), None
+        codes = rewriter.moved(layer, activation.codes)
+        sizes: tuple[Node, int, int] | None = None
         if layer.weight.codes.dim() == 4:
             codes, sizes = _patches(rewriter, codes, source.meta["val"].shape, layer)
         matrix = source.meta["val"].dim() == 2

@@ -25,7 +25,8 @@ from qwt_fx.quant import torch_ao
 # QuantizeLinear and DequantizeLinear of these opsets take the types that qwt-fx writes; 21 adds 4 bits.
 OPSET = 20
 OPSET_INT4 = 21
-_TYPES = {torch.uint8: np.uint8, torch.int8: np.int8}
+Integers = type[np.uint8] | type[np.int8]
+_TYPES: dict[torch.dtype, Integers] = {torch.uint8: np.uint8, torch.int8: np.int8}
 
 
 def translations(opset: int) -> dict[Callable[..., object], Callable[..., ir.Value]]:
@@ -101,8 +102,9 @@ def translations(opset: int) -> dict[Callable[..., object], Callable[..., ir.Val
     }
 
 
-def _numpy_type(dtype: int | torch.dtype) -> type[np.integer[npt.NBitBase]]:
+def _numpy_type(dtype: int | torch.dtype) -> Integers:
     """The exporter gives a torch dtype as it is, or as ONNX's number."""
     if isinstance(dtype, torch.dtype):
         return _TYPES[dtype]
-    return ir.DataType(int(dtype)).numpy().type
+    kind: Integers = ir.DataType(dtype).numpy().type
+    return kind
