@@ -106,5 +106,5 @@ def _numpy_type(dtype: int | torch.dtype) -> Integers:
     """The exporter gives a torch dtype as it is, or as ONNX's number."""
     if isinstance(dtype, torch.dtype):
         return _TYPES[dtype]
-    kind: Integers = ir.DataType(dtype).numpy().type
+    kind: Integers = ir.DataType(int(dtype)).numpy().type
     return kind

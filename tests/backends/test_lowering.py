@@ -34,7 +34,7 @@ def quantized(model: nn.Module, x: Tensor) -> GraphModule:
 class Convolution(nn.Module):
     def __init__(self, **fields: object) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 5, (4, 2), **fields)  # type: ignore[arg-type]
+        self.conv = nn.Conv2d(3, 5, **({"kernel_size": (4, 2)} | fields))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -75,7 +75,7 @@ def test_few_bits_need_no_correction_and_a_convolution_is_a_matrix() -> None:
         ({"stride": (4, 2), "padding": "valid"}, None),
         ({"stride": 2}, "windows overlap"),
         ({"stride": (4, 2), "padding": (0, 1)}, "windows overlap"),
-        ({"padding": "same"}, "windows overlap"),
+        ({"kernel_size": 3, "padding": "same"}, "windows overlap"),
         ({"stride": (4, 2), "dilation": 2}, "windows overlap"),
     ],
 )
@@ -106,25 +106,23 @@ def test_rows_times_the_matrix_are_the_convolution() -> None:
 
 
 def test_readers_of_one_moved_value_share_its_codes() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(16, 4), nn.Linear(16, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x.transpose(0, 1)) + self.b(x.transpose(0, 1))
-
-    q = quantized(Two(), tokens(4, 9))
-    first, second = integer_layers(q, why_no_row_product)
-    assert first.input.moved_by
-    rewriter = LayerRewriter(q)
-    with q.graph.inserting_before(first.node):
-        moved = rewriter.rows(first, first.input.codes)
-    assert moved.target is first.input.moved_by[-1].target
-    assert moved.args[0] is first.input.codes
-    same = first.input.codes is second.input.codes
-    with q.graph.inserting_before(second.node):
-        assert (rewriter.rows(second, second.input.codes) is moved) is same
+    """q, k and v behind transposes of their own, between the dequantized value and the product."""
+    q = quantized(randomize(Tower(1)), tokens(4, 9))
+    for layer in integer_layers(q, why_no_row_product)[:3]:
+        with q.graph.inserting_before(layer.node):
+            arguments = (layer.node.args[0], 0, 1)
+            moved = q.graph.call_function(aten.transpose.int, arguments)
+        layer.node.args = (moved, *layer.node.args[1:])
+    layers = integer_layers(q, why_no_row_product)[:4]
+    assert [len(layer.input.moved_by) for layer in layers] == [1, 1, 1, 0]
+    codes, rewriter = layers[0].input.codes, LayerRewriter(q)
+    rows = []
+    for layer in layers:
+        with q.graph.inserting_before(layer.node):
+            rows.append(rewriter.rows(layer, codes))
+    assert rows[0] is rows[1] is rows[2]
+    assert (rows[0].target, rows[0].args) == (aten.transpose.int, (codes, 0, 1))
+    assert rows[3] is codes
 
 
 def test_the_audit_names_layers_of_a_product_and_why_others_float() -> None:
