@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Protocol
 
 from torch.fx import GraphModule
 
+from qwt_fx.backends.base import Backend
 from qwt_fx.backends.cuda.cuda import Cuda
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.x86.x86 import X86
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.measure.kernel_audit import LayerKernel
-
-
-class Backend(Protocol):
-    """Lowers a converted graph; the result is called like the graph and stays within a stated
-    tolerance of it."""
-
-    def lower(self, quantized: GraphModule) -> GraphModule:
-        """The graph, ready to run on this backend. The argument is not changed."""
-        ...
-
-    def audit(self, lowered: GraphModule) -> list[LayerKernel]:
-        """What computes each layer of a graph that this backend lowered."""
-        ...
-
 
 _BACKENDS: dict[str, Callable[..., Backend]] = {"eager": Eager, "x86": X86, "cuda": Cuda}
 _KEY = "qwt_fx_backend"  # gm.meta of a lowered graph: the name of its backend
