@@ -26,7 +26,7 @@ def backend_for(name: str, **options: object) -> Backend:
     if name not in _BACKENDS:
         raise ConfigError(f"backend: got {name!r}, wanted one of {', '.join(_BACKENDS)}")
     backend = _BACKENDS[name]
-    known = [f.name for f in fields(backend)] if is_dataclass(backend) else []
+    known: list[str] = [f.name for f in fields(backend)] if is_dataclass(backend) else []
     if unknown := sorted(options.keys() - set(known)):
         raise ConfigError(
             f"backend {name!r}: got option {unknown[0]!r}, wanted {', '.join(known) or 'none'}"

@@ -83,6 +83,7 @@ def runner_of(path: Path, format: str, threads: int | None = None) -> Callable[[
 
     def without_gradients(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return run(x)
+            features: Tensor = run(x)
+            return features
 
     return without_gradients
