@@ -13,6 +13,7 @@ import copy
 import math
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from qwt_fx.artifact.graph_json import graph_to_json
 from qwt_fx.artifact.graph_tensors import file_tensors
 from qwt_fx.commands.quantize.pipeline import TOWERS, QuantizedClip
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.config.recipes import recipe_for
+from qwt_fx.config.settings import settings_of
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER
 from qwt_fx.evaluate.evaluate import compare
 from qwt_fx.evaluate.metrics import mcnemar
@@ -82,7 +83,9 @@ def stored_bytes(gm: GraphModule) -> int:
 def measure(demo: Demo, recipe: str, bits: int, seed: int) -> list[dict[str, Any]]:
     """One row per compensation."""
     config = QuantConfig(bits, bits, recipe=recipe, compensation="none")
-    choices = recipe_for(config)
+    recipes = settings_of(config.replace(compensation="qwt"))
+    fitting = recipes.compensation
+    assert fitting is not None  # asked for
     data = demo.calibration(512, 128, seed)
     inputs = {t: [(b[i],) for b in data.batches] for i, t in enumerate(TOWERS)}
     calibrated = {t: api.calibrate(api.prepare(demo.graphs[t], config), inputs[t]) for t in TOWERS}
@@ -92,11 +95,11 @@ def measure(demo: Demo, recipe: str, bits: int, seed: int) -> list[dict[str, Any
     bytes_before, correct = 0, None
     for name in ROWS:
         kind, _, other = name.partition(", ")
-        target = OTHER[choices.target] if other else choices.target
+        target = OTHER[fitting.target] if other else fitting.target
         begun = time.perf_counter()
         towers = {}
         for tower in TOWERS:
-            if choices.layers is not None and kind != "none" and not other:
+            if recipes.layers is not None and kind != "none" and not other:
                 asked = config.replace(compensation=kind)
                 gm = api.calibrate(api.prepare(demo.graphs[tower], asked), inputs[tower])
                 towers[tower] = api.convert(gm)
@@ -106,11 +109,7 @@ def measure(demo: Demo, recipe: str, bits: int, seed: int) -> list[dict[str, Any
                 InsertCompensation(
                     demo.graphs[tower],
                     inputs[tower],
-                    kind=kind,
-                    target=target,
-                    hold_out=config.hold_out,
-                    token_masks=choices.mask_regression,
-                    half=choices.half_compensation,
+                    **vars(replace(fitting, kind=kind, target=target)),
                 )(gm)
             towers[tower] = api.convert(gm)
         seconds = time.perf_counter() - begun

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.batch import Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.process_memory import release_freed
 from qwt_fx.batches.value_store import ValueStore
@@ -56,7 +57,7 @@ class CalibrateLayers(Pass):
     Attributes:
         reference: the floating-point graph the observed one was made from.
         batches: calibration batches, a list of tuples of tensors (or of tensors).
-        remedies: what is done beside finding ranges.
+        settings: what is done beside finding ranges.
         progress: called as progress(groups done, groups).
         journal: keeps what each group was found to need, and is committed after each.
         store: keeps the activations at the point reached.
@@ -70,17 +71,15 @@ class CalibrateLayers(Pass):
     """
 
     reference: GraphModule
-    batches: Any
-    remedies: LayerSettings = field(default_factory=LayerSettings)
-    progress: Any = field(default=None, compare=False)
+    batches: Batches
+    settings: LayerSettings = field(default_factory=LayerSettings)
+    progress: Callable[[int, int], None] | None = field(default=None, compare=False)
     journal: Journal = field(default=NO_JOURNAL, compare=False)
     store: ValueStore = field(default_factory=ValueStore, compare=False)
     compensation: CompensationSettings | None = None
     compensating: Callable[[], AbstractContextManager[None]] = field(
         default=nullcontext, compare=False
     )
-
-    preserves_fp: ClassVar[bool] = False
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
@@ -94,7 +93,7 @@ class CalibrateLayers(Pass):
             compensation = None
             yield Skip("graph", reason)
         walk = Lockstep(
-            gm, self.reference, self.batches, groups, self.remedies, self.journal, self.store,
+            gm, self.reference, self.batches, groups, self.settings, self.journal, self.store,
             compensation,
         )  # fmt: skip
         with torch.no_grad():
@@ -191,7 +190,7 @@ def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> Fitt
                 f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of "
                 "squares overflow; check the weights and the calibration inputs"
             )
-        found = fit_layer(weight.flatten(1), bias, spec, *sums, walk.remedies)
+        found = fit_layer(weight.flatten(1), bias, spec, *sums, walk.settings)
         # In the layer's own shape and precision, as it is kept: half of what would travel.
         new_bias = None if found.bias is None else found.bias.to(weight.dtype)
         shaped = found.weight.reshape(weight.shape).to(weight.dtype)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.batch import Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.precision import wide
 from qwt_fx.errors import PreconditionError
@@ -33,10 +34,9 @@ class ChooseSoftmaxQuantizer(Pass):
     `InsertLogSqrt2Softmax` and stand before calibration; raises `PreconditionError` after it.
     """
 
-    batches: Any
+    batches: Batches
 
     must_follow: ClassVar[tuple[str, ...]] = ("InsertLogSqrt2Softmax",)
-    preserves_fp: ClassVar[bool] = True
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""

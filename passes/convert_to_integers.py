@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ class ConvertToIntegers(Pass):
     points use `qwt_fx::` operators. Run again, nothing is left to convert. Raises
     `NotCalibratedError` for a quantizer without a scale.
     """
-
-    preserves_fp: ClassVar[bool] = False
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.fx import GraphModule
 
@@ -21,8 +20,6 @@ class DecomposeAttention(Pass):
     Masks are kept: a causal flag becomes a buffer, a boolean mask a fill with -inf, a float mask
     an addition. Run again, it finds no fused attention and changes nothing.
     """
-
-    preserves_fp: ClassVar[bool] = True
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.batch import Batch, Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.graph.aten import LINEAR
 from qwt_fx.graph.edits import add_tensor
@@ -47,8 +48,7 @@ class FixConstantTokens(Pass):
     reason. Run again, it finds the start token fixed and changes nothing.
     """
 
-    batches: Any
-    preserves_fp: ClassVar[bool] = True
+    batches: Batches
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
@@ -89,7 +89,7 @@ def _only(starts: Tensor) -> int | None:
 
 
 def _constants(
-    gm: GraphModule, batch: Any, linears: list[Node], proof: TokenMask
+    gm: GraphModule, batch: Batch, linears: list[Node], proof: TokenMask
 ) -> list[tuple[str | None, Tensor | None, Tensor | None]]:
     """For each linear: why not, or which index of the axis of positions is position 0, bool
     (length,), and the output there, (outputs,).
@@ -112,14 +112,14 @@ def _constants(
     return found
 
 
-def _ids(gm: GraphModule, batch: Any) -> Tensor:
+def _ids(gm: GraphModule, batch: Batch) -> Tensor:
     ids: Tensor
     (ids,) = start(gm, batch).values()  # one input: the proof says so
     return ids
 
 
 def _values(
-    gm: GraphModule, batch: Any, positions: dict[Node, Tensor | None]
+    gm: GraphModule, batch: Batch, positions: dict[Node, Tensor | None]
 ) -> dict[Node, tuple[torch.Size, Tensor]]:
     """The shape of each linear's output, and its rows at position 0, in floating point.
 

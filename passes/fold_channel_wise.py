@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.fx import GraphModule
 
@@ -25,8 +24,6 @@ class FoldChannelWise(Pass):
     whose channels differ is skipped. Run again, it finds nothing left to fold. Raises
     `NotCalibratedError` for a quantizer that has not been observed.
     """
-
-    preserves_fp: ClassVar[bool] = True
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""

@@ -6,13 +6,13 @@ see `qwt_fx.calibrate.block_compensation`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule
 
+from qwt_fx.batches.batch import Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.process_memory import release_freed
 from qwt_fx.batches.value_store import ValueStore
@@ -36,7 +36,7 @@ class InsertCompensation(Pass):
         reference: the floating-point graph the quantized one was made from.
         batches: calibration batches, a list of tuples of tensors (or of tensors).
         kind, target, hold_out, token_masks, half: see
-            `qwt_fx.calibrate.block_compensation.CompensationSettings`.
+            `qwt_fx.config.compensation_kind.CompensationSettings`.
         progress: called as progress(blocks done, blocks).
         journal: keeps the fit of each block, and is committed after each.
         store: keeps the activations at the block reached.
@@ -47,17 +47,15 @@ class InsertCompensation(Pass):
     """
 
     reference: GraphModule
-    batches: Any
+    batches: Batches
     kind: str = "qwt"
     target: str = "local"
     hold_out: float = 0.2
     token_masks: bool = True
     half: bool = True
-    progress: Any = field(default=None, compare=False)
+    progress: Callable[[int, int], None] | None = field(default=None, compare=False)
     journal: Journal = field(default=NO_JOURNAL, compare=False)
     store: ValueStore = field(default_factory=ValueStore, compare=False)
-
-    preserves_fp: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.settings()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
@@ -36,7 +35,6 @@ class InsertLogSqrt2Softmax(Pass):
 
     bits: int = 4
     reserve_zero: bool = True
-    preserves_fp: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
 
 from torch.fx import GraphModule, Node
 
 from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.settings import Settings, settings_of
 from qwt_fx.errors import ConfigError
 from qwt_fx.graph.aten import CONVOLUTIONS, MATMULS, RMS_NORM, SDPA, SHAPE_ONLY, SOFTMAXES
 from qwt_fx.graph.edits import add_module
@@ -49,7 +50,10 @@ class InsertObservers(Pass):
     """
 
     config: QuantConfig
-    preserves_fp: ClassVar[bool] = True
+
+    @cached_property
+    def _settings(self) -> Settings:
+        return settings_of(self.config)
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
@@ -61,7 +65,7 @@ class InsertObservers(Pass):
             )
         info = graph_info(gm)
         info.config = self.config.to_dict()
-        if self.config.compat == "original":
+        if not self._settings.storable:
             info.unstorable = (
                 "compat='original' keeps the published code's non-integer, unclamped zero points, "
                 "which no integer type can store; quantize with compat='none'"
@@ -112,14 +116,14 @@ class InsertObservers(Pass):
         include_zero: bool = True,
         symmetric: bool = False,
     ) -> QuantSpec:
-        deployable = self.config.compat == "none"
+        storable = self._settings.storable
         return QuantSpec(
             bits,
             ch_axis=ch_axis,
-            integer_zero_point=deployable,
-            include_zero=deployable and include_zero,
+            integer_zero_point=storable,
+            include_zero=storable and include_zero,
             symmetric=symmetric,
-            reserve_zero=deployable,
+            reserve_zero=storable,
         )
 
     def _input_spec(self, gm: GraphModule, node: Node, source: Node, bits: int) -> QuantSpec:
@@ -162,10 +166,10 @@ class InsertObservers(Pass):
         name = layer_name(node)
         bits = self.config.bits_for(name).activation
         if node.target is SDPA:
-            if self.config.attention == "none":
-                yield Skip(name, "attention stays in floating point (attention='none')")
-            else:
+            if self._settings.quantize_attention:
                 yield Skip(name, "is not decomposed: run DecomposeAttention first")
+            else:
+                yield Skip(name, "attention stays in floating point (attention='none')")
             return
         operands = [a for a in node.args[:2] if isinstance(a, Node)]
         if len(operands) < 2 or node.target not in MATMULS:
@@ -174,7 +178,7 @@ class InsertObservers(Pass):
         if any(is_constant(a) for a in operands):
             yield Skip(name, "a bare matmul with a parameter (final projection), not a linear")
             return
-        if self.config.attention == "none" or bits is None:
+        if not self._settings.quantize_attention or bits is None:
             yield Skip(name, "attention stays in floating point (attention='none')")
             return
         for index, operand in enumerate(operands):

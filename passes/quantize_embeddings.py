@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +34,6 @@ class QuantizeEmbeddings(Pass):
     """
 
     bits: int = 8
-    preserves_fp: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.bits != 8:

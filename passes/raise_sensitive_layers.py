@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.batch import as_inputs
+from qwt_fx.batches.batch import Batch, Batches, as_inputs
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
@@ -39,12 +38,10 @@ class RaiseSensitiveLayers(Pass):
     Raises `ConfigError` for a budget out of range, `PreconditionError` for a calibrated graph.
     """
 
-    batches: Any
+    batches: Batches
     budget: float
     samples: int = 64
     journal: Journal = field(default=NO_JOURNAL, compare=False)
-
-    preserves_fp: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.budget <= 1.0:
@@ -76,7 +73,7 @@ class RaiseSensitiveLayers(Pass):
             )
 
     def _chosen(
-        self, gm: GraphModule, batch: Any
+        self, gm: GraphModule, batch: Batch
     ) -> tuple[tuple[tuple[str, ...], float, float], ...]:
         """The groups to raise: their layers, the error they cause, the bytes they cost."""
         first = tuple(

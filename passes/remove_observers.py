@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.fx import GraphModule
 
@@ -19,8 +18,6 @@ class RemoveObservers(Pass):
     The opposite of `InsertObservers`. What happened in between, such as a reparameterization, stays,
     so another toolkit can quantize the result. Run again, it finds nothing.
     """
-
-    preserves_fp: ClassVar[bool] = True
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,8 +49,6 @@ class ReparameterizeLayerNorm(Pass):
     Run again, every channel agrees already and nothing changes. Raises `NotCalibratedError` when a
     norm's quantizer has not been observed.
     """
-
-    preserves_fp: ClassVar[bool] = True
 
     def requires(self, gm: GraphModule) -> None:
         """Every per-channel quantizer behind a norm must have been observed."""

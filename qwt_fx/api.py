@@ -17,9 +17,11 @@ from torch.fx import GraphModule
 from qwt_fx.artifact.artifact import load_graph, save_graph
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.exports import export_graph
+from qwt_fx.batches.batch import Batches
 from qwt_fx.calibrate.observe_ranges import check_parameters, config_of, observe
 from qwt_fx.capture.capture import adopt, capture
 from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.graph.graph_info import graph_info, has_graph_info
 from qwt_fx.graph.graph_source import copy_sharing_tensors
@@ -52,18 +54,19 @@ def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
     Raises `ConfigError` for an override that matches no layer.
     """
     prepared = copy_sharing_tensors(gm) if has_graph_info(gm) else adopt(gm)
+    settings = settings_of(config)
     steps: list[Pass] = []
-    if config.attention != "none" or config.compat == "original":
-        # The published code computes attention in separate operators; the fused one rounds
-        # differently, and a rounding flip at 6 bits moves later ranges by percents.
+    if settings.decompose_attention:
         steps.append(DecomposeAttention())
-    if config.attention in ("log2", "auto") and config.bits_for("").activation is not None:
-        steps.append(InsertLogSqrt2Softmax(config.a_bits, reserve_zero=config.compat == "none"))
+    if (bits := settings.log_sqrt2_bits) is not None:
+        steps.append(InsertLogSqrt2Softmax(bits, reserve_zero=settings.storable))
     PassManager((*steps, InsertObservers(config)))(prepared)
     return prepared
 
 
-def reparameterize(gm: GraphModule, batches: Any, config: QuantConfig | None = None) -> GraphModule:
+def reparameterize(
+    gm: GraphModule, batches: Batches, config: QuantConfig | None = None
+) -> GraphModule:
     """A copy of a captured graph that computes the same in float and is easier to quantize.
 
     RepQ-ViT's scale reparameterization of every norm that can have it, for other toolkits:
@@ -94,7 +97,7 @@ def convert(prepared: GraphModule) -> GraphModule:
 def quantize(
     model: nn.Module | ExportedProgram,
     example_inputs: tuple[Any, ...] | Tensor,
-    batches: Any,
+    batches: Batches,
     config: QuantConfig | None = None,
     *,
     seconds: Seconds | None = None,

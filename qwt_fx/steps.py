@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
+from qwt_fx.batches.batch import Batch, Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.value_store import ValueStore, value_store
 from qwt_fx.calibrate.observe_ranges import check_parameters, config_of, observe
 from qwt_fx.checkpoint.calibration_identity import calibration_journal
 from qwt_fx.checkpoint.journal import Journal
-from qwt_fx.config.recipes import compensation_of, recipe_for
+from qwt_fx.config.compensation_kind import CompensationSettings
+from qwt_fx.config.settings import settings_of
 from qwt_fx.graph.graph_info import graph_info, set_graph_info
 from qwt_fx.graph.pass_base import PassManager
 from qwt_fx.measure.measure import measure_layers
@@ -53,12 +54,13 @@ def timed(seconds: Seconds | None, phase: str, inside: str | None = None) -> Ite
 
 def calibrate(
     prepared: GraphModule,
-    batches: Any,
+    batches: Batches,
     *,
     seconds: Seconds | None = None,
     progress: Progress | None = None,
     checkpoint: str | PathLike[str] | Journal | None = None,
     memory_budget: str | int | ValueStore | None = None,
+    ranges_found: Callable[[], None] | None = None,
 ) -> GraphModule:
     """Every data-dependent step, in order and in place: ranges, reparameterization, compensation.
 
@@ -74,6 +76,8 @@ def calibrate(
             and gives bit-identical results; a run that ends removes it. Or a journal of the caller's.
         memory_budget: bytes ("2GB") of activations held between two steps; what finds no room goes to
             temporary files. Changes no result. Or a store of the caller's.
+        ranges_found: called when every quantizer has its range and is switched on: in the published
+            procedure before anything moves into weights, otherwise at the end.
 
     Raises `ConfigError` for a checkpoint of another configuration, model, version or data. Raises
     `DataError` for a generator, no batch, or values that are not finite, parameters included;
@@ -81,84 +85,95 @@ def calibrate(
     """
     check_parameters(prepared)
     share = DistributedBatches.of(batches)
+    then = ranges_found or (lambda: None)
     if not fake_quant_nodes(prepared):
+        then()
         return prepared
     with (
         value_store(memory_budget) as store,
         calibration_journal(checkpoint, prepared, share) as journal,
     ):
-        _calibrate(prepared, share, _Keeping(journal, store), seconds, progress)
+        _calibrate(prepared, share, _Run(journal, store, seconds, progress, then))
     return prepared
 
 
 @dataclass(frozen=True)
-class _Keeping:
-    """Where results and activations are kept."""
+class _Run:
+    """Where one calibration keeps results and activations, and whom it tells what."""
 
     journal: Journal
     store: ValueStore
+    seconds: Seconds | None
+    progress: Progress | None
+    ranges_found: Callable[[], None]
+
+    def phase(self, phase: str) -> Callable[[int, int], None] | None:
+        return None if self.progress is None else partial(self.progress, phase)
 
 
-def _calibrate(
-    prepared: GraphModule,
-    share: DistributedBatches,
-    keeping: _Keeping,
-    seconds: Seconds | None,
-    progress: Progress | None,
-) -> None:
-    config = config_of(prepared)
-    recipe = recipe_for(config)
-    if config.attention == "auto" and config.bits_for("").activation is not None:
+def _calibrate(prepared: GraphModule, share: DistributedBatches, run: _Run) -> None:
+    settings = settings_of(config_of(prepared))
+    if settings.choose_softmax:
         ChooseSoftmaxQuantizer(share)(prepared)
-    if config.exceptions > 0.0:
-        RaiseSensitiveLayers(share, config.exceptions, journal=keeping.journal)(prepared)
+    if settings.exceptions > 0.0:
+        RaiseSensitiveLayers(share, settings.exceptions, journal=run.journal)(prepared)
     floating = _floating_twin(prepared)
-    compensation = compensation_of(recipe, config.hold_out)
-    if recipe.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
+    if settings.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
         QuantizeEmbeddings()(prepared)
-    if recipe.layers is None:
-        with timed(seconds, "calibrate"):
-            observe(prepared, share, keeping.journal)
-        with timed(seconds, "reparameterize"):
-            PassManager((ReparameterizeLayerNorm(), FoldChannelWise()))(prepared)
-        # The reparameterized blocks without quantizers, as the published code takes them: the same
-        # function as the model's own blocks up to rounding.
-        floating = _floating_twin(prepared)
-        with timed(seconds, "compensate"):
-            if compensation is not None:
-                InsertCompensation(
-                    floating,
-                    share,
-                    **vars(compensation),
-                    progress=_phase(progress, "compensate"),
-                    **vars(keeping),
-                )(prepared)
+    if settings.layers is None:
+        _published(prepared, share, settings.compensation, run)
     else:
-        with timed(seconds, "reparameterize"):
-            if recipe.constant_tokens:
+        with timed(run.seconds, "reparameterize"):
+            if settings.constant_tokens:
                 FixConstantTokens(share)(prepared)
-        with timed(seconds, "calibrate"):
+        with timed(run.seconds, "calibrate"):
             CalibrateLayers(
                 floating,
                 share,
-                recipe.layers,
-                _phase(progress, "calibrate"),
-                **vars(keeping),
-                compensation=compensation,
-                compensating=partial(timed, seconds, "compensate", inside="calibrate"),
+                settings.layers,
+                run.phase("calibrate"),
+                run.journal,
+                run.store,
+                settings.compensation,
+                partial(timed, run.seconds, "compensate", inside="calibrate"),
             )(prepared)
-    with timed(seconds, "calibrate"):
+        run.ranges_found()
+    with timed(run.seconds, "calibrate"):
         if share.ranks.first:  # which holds batch 0
             measure_layers(prepared, _first_samples(share.batches[0]))
 
 
-def _first_samples(batch: Any, count: int = 32) -> Any:
+def _published(
+    prepared: GraphModule,
+    share: DistributedBatches,
+    compensation: CompensationSettings | None,
+    run: _Run,
+) -> None:
+    """RepQ-ViT's procedure, and QwT's behind it."""
+    with timed(run.seconds, "calibrate"):
+        observe(prepared, share, run.journal)
+    run.ranges_found()
+    with timed(run.seconds, "reparameterize"):
+        PassManager((ReparameterizeLayerNorm(), FoldChannelWise()))(prepared)
+    # The reparameterized blocks without quantizers, as the published code takes them: the same
+    # function as the model's own blocks up to rounding.
+    floating = _floating_twin(prepared)
+    with timed(run.seconds, "compensate"):
+        if compensation is not None:
+            InsertCompensation(
+                floating,
+                share,
+                **vars(compensation),
+                progress=run.phase("compensate"),
+                journal=run.journal,
+                store=run.store,
+            )(prepared)
+
+
+def _first_samples(batch: Batch, count: int = 32) -> Batch:
     """Samples that tell what quantization does to each layer; every product runs on them twice."""
-    return tree_map_only(Tensor, lambda x: x[:count] if x.dim() else x, batch)
-
-
-def _phase(progress: Progress | None, phase: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else partial(progress, phase)
+    first: Batch = tree_map_only(Tensor, lambda x: x[:count] if x.dim() else x, batch)
+    return first
 
 
 def _floating_twin(prepared: GraphModule) -> GraphModule:

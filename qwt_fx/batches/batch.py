@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from qwt_fx.errors import DataError
 
+Item = TypeVar("Item")
 
-def as_inputs(batch: Any) -> tuple[Any, ...]:
+Batch: TypeAlias = Tensor | Sequence[Any]
+"""The positional inputs of a call: one tensor, or a tuple of what the model takes, tensors above all."""
+
+Batches: TypeAlias = Iterable[Batch]
+"""What is calibrated on: a list of batches, or whatever else can be walked more than once."""
+
+
+def as_inputs(batch: Batch) -> tuple[Any, ...]:
     """A calibration batch as positional inputs: a tensor alone is a one-input model's batch."""
     if isinstance(batch, Tensor):
         return (batch,)
@@ -21,7 +29,7 @@ def as_inputs(batch: Any) -> tuple[Any, ...]:
     )
 
 
-def check_batches(batches: Any) -> Sequence[Any]:
+def check_batches(batches: Iterable[Item]) -> Sequence[Item]:
     """A re-iterable of batches as a sequence. Raises `DataError` for a generator or no batch."""
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise DataError(
@@ -38,6 +46,6 @@ def check_batches(batches: Any) -> Sequence[Any]:
     return listed
 
 
-def batch_size(batch: Any) -> int:
+def batch_size(batch: Batch) -> int:
     """Number of samples of a batch."""
     return int(as_inputs(batch)[0].shape[0])

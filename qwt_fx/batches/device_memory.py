@@ -15,11 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from qwt_fx.batches.batch import Batch, as_inputs, batch_size
 from qwt_fx.errors import DataError
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Batch = tuple[Tensor, ...]
 
 
 def embed(tower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def with_smaller_batches(
             return run(tried)
         except torch.OutOfMemoryError as error:
             reason = first_line(error)
-        largest = size or max(len(batch[0]) for batch in batches)
-        size = _halved(largest, reason, batches[0][0].device)
+        largest = size or max(map(batch_size, batches))
+        size = _halved(largest, reason, as_inputs(batches[0])[0].device)
         log.warning(
             "calibration begins anew with batches of %d; what only the first batch decides sees "
             "fewer samples",
@@ -65,7 +65,7 @@ def with_smaller_batches(
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:
-    return list(zip(*(torch.split(tensor, size) for tensor in batch), strict=True))
+    return list(zip(*(torch.split(tensor, size) for tensor in as_inputs(batch)), strict=True))
 
 
 def _halved(size: int, reason: str, device: torch.device) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
-from qwt_fx.batches.batch import batch_size, check_batches
+from qwt_fx.batches.batch import Batch, Batches, batch_size, check_batches
 from qwt_fx.batches.ranks import Message, Ranks
 from qwt_fx.errors import DataError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class DistributedBatches:
+class DistributedBatches(Iterable[Batch]):
     """Batches of which each rank holds every N-th; stands wherever a list of batches may.
 
     Attributes:
@@ -21,7 +23,7 @@ class DistributedBatches:
         ranks: the processes that share.
     """
 
-    batches: Sequence[Any]
+    batches: Sequence[Batch]
     sizes: list[int]
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -34,7 +36,7 @@ class DistributedBatches:
             )
 
     @classmethod
-    def of(cls, batches: Any) -> DistributedBatches:
+    def of(cls, batches: Batches) -> DistributedBatches:
         """A share as it is; a list of batches as one that nobody else has a part of.
 
         Raises `DataError` for a generator, or no batch.
@@ -44,9 +46,13 @@ class DistributedBatches:
         listed = check_batches(batches)
         return cls(listed, [batch_size(b) for b in listed])
 
-    def map(self, change: Callable[[Any], Any]) -> DistributedBatches:
+    def map(self, change: Callable[[Batch], Batch]) -> DistributedBatches:
         """The same share with other tensors in each batch."""
         return DistributedBatches([change(batch) for batch in self.batches], self.sizes, self.ranks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches."""
+        return iter(self.batches)
 
     @property
     def numbers(self) -> range:
@@ -58,7 +64,7 @@ class DistributedBatches:
         """Samples of all batches."""
         return sum(self.sizes)
 
-    def of_mine(self, every: Iterable[Any]) -> list[Any]:
+    def of_mine(self, every: Iterable[T]) -> list[T]:
         """Of one thing for each batch, those for this rank's."""
         listed = list(every)
         return [listed[number] for number in self.numbers]

@@ -61,7 +61,7 @@ def fit_range(walk: Lockstep, group: LayerGroup, quantizer: FakeQuant) -> str:
     done, rescale = "one range", None
     if linears and len(linears) == len(group.layers) and not group.shared:
         rescale, done = _move_upstream(walk, group, histograms, spec)
-        if rescale is None and walk.remedies.input_scales and spec.bits < _FINE_ENOUGH:
+        if rescale is None and walk.settings.input_scales and spec.bits < _FINE_ENOUGH:
             rescale = _multiply_input(walk, group, histograms, spec, quantizer.name)
             done = "one range" if rescale is None else "moved into a product of the input"
         if rescale is not None:
@@ -101,7 +101,7 @@ def _weights(walk: Lockstep, group: LayerGroup) -> list[Tensor]:
 def _importance(walk: Lockstep, group: LayerGroup, channels: int) -> Tensor:
     """What a squared error of each channel counts, (channels,) float64."""
     weights = _weights(walk, group)
-    if walk.remedies.output_ranges and weights and channels == weights[0].shape[1]:
+    if walk.settings.ranges == "output" and weights and channels == weights[0].shape[1]:
         return torch.stack([w.double().square().sum(dim=0) for w in weights]).sum(dim=0)
     device = walk.values(group.source)[0].device
     return torch.ones(channels, dtype=torch.float64, device=device)
@@ -129,7 +129,7 @@ def _search_apart(
     walk: Lockstep, group: LayerGroup, spec: QuantSpec
 ) -> tuple[Tensor, Range] | None:
     """Scales of positions, and the range beside them; `None` where no position stands out."""
-    token_scale = find_token_scale(walk, group) if walk.remedies.token_scales else None
+    token_scale = find_token_scale(walk, group) if walk.settings.token_scales else None
     if token_scale is None:
         return None
     channels = walk.values(group.source)[0].shape[-1] if _per_channel(group) else 1
@@ -171,7 +171,7 @@ def _histograms(walk: Lockstep, group: LayerGroup, name: str) -> Halves:
                 "--recipe repq-vit"
             )
         flat = x.reshape(-1, x.shape[-1])
-        mask = walk.mask(source, index, behind_end=walk.remedies.mask_ranges)
+        mask = walk.mask(source, index, behind_end=walk.settings.token_masks == "all")
         for half, chosen in _rows_of_halves(walk, source, x.shape, index):
             keep = mask if chosen is None else chosen
             if mask is not None and chosen is not None:
@@ -212,7 +212,7 @@ def _move_upstream(
             divide_norm(gm, origin, chosen.scale, chosen.shift)
             _undo(walk, readers.linears, origin, chosen)
             return chosen, "moved into the norm"
-    elif walk.remedies.fold_values and (mapped := _value_map(walk, group)) is not None:
+    elif walk.settings.fold_values and (mapped := _value_map(walk, group)) is not None:
         # Rows of a softmax sum to 1, which carries a shift through; those of its quantized copy
         # do not.
         fused = not is_call(mapped.attention, MATMULS)
@@ -260,7 +260,7 @@ def _choose(
     shifts: bool,
     strengths: tuple[float, ...] | None = None,
 ) -> Rescale:
-    strengths = strengths or walk.remedies.strengths
+    strengths = strengths or walk.settings.strengths
     modules = [weight_quantizer(walk.gm, n) for n in group.layers]
     bits = min((m.spec.bits for m in modules if m is not None), default=None)
     weights = _weights(walk, group)

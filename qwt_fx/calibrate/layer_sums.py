@@ -50,7 +50,7 @@ def layer_sums(
             weight, bias = wide(current[layer][0]), wide(current[layer][1])
             keep, judged = walk.rows(group.source, layer, index, weight)
             rows = wide(_quantized_rows(layer, weight, x, keep, quantizer, rounded))
-            if walk.remedies.fp_target:
+            if walk.settings.target == "fp":
                 wanted = _floating_output(walk, group.source, layer, floating[layer], index, keep)
             else:
                 read = wide(_kept(rows_of(layer, weight, x), keep))

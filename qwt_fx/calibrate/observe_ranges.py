@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.batch import Batch, Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.config.recipes import recipe_for
+from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import DataError, NotCalibratedError
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import tensor_of
@@ -55,7 +56,7 @@ def config_of(gm: GraphModule) -> QuantConfig:
 
 
 @contextmanager
-def masked_rows(gm: GraphModule, batch: Any, nodes: Sequence[Node]) -> Iterator[str | None]:
+def masked_rows(gm: GraphModule, batch: Batch, nodes: Sequence[Node]) -> Iterator[str | None]:
     """Restrict the activation quantizers at `nodes` to rows that matter; yields why not, if not."""
     mask = token_mask(gm, batch, nodes)
     for node in nodes:
@@ -67,7 +68,7 @@ def masked_rows(gm: GraphModule, batch: Any, nodes: Sequence[Node]) -> Iterator[
             fake_quant_of(gm, node).rows = None
 
 
-def observe(gm: GraphModule, batches: Any, journal: Journal = NO_JOURNAL) -> GraphModule:
+def observe(gm: GraphModule, batches: Batches, journal: Journal = NO_JOURNAL) -> GraphModule:
     """Find the scale and zero point of every quantizer that has none; leaves them switched on.
 
     Args:
@@ -100,7 +101,7 @@ def observe(gm: GraphModule, batches: Any, journal: Journal = NO_JOURNAL) -> Gra
 def _observe(gm: GraphModule, share: DistributedBatches, nodes: Sequence[Node]) -> None:
     activations = [n for n in nodes if not _is_weight(gm, n)]
     set_mode(gm, Mode.OBSERVE)
-    masked = recipe_for(config_of(gm)).mask_ranges
+    masked = settings_of(config_of(gm)).token_masks == "all"
 
     def run() -> None:
         first = share.batches[0]
@@ -124,7 +125,7 @@ def observe_on_first(
             module.set_qparams(scale, zero_point)
 
 
-def _positional(gm: GraphModule, batch: Any) -> tuple[Any, ...]:
+def _positional(gm: GraphModule, batch: Batch) -> tuple[Any, ...]:
     start(gm, batch)  # raises a clear error when the batch does not fit the model
     return (batch,) if isinstance(batch, Tensor) else tuple(batch)
 

@@ -49,21 +49,21 @@ class Lockstep:
         reference: GraphModule,
         batches: Any,
         groups: list[LayerGroup],
-        remedies: LayerSettings,
+        settings: LayerSettings,
         journal: Journal = NO_JOURNAL,
         store: ValueStore | None = None,
         compensation: CompensationSettings | None = None,
     ) -> None:
         self.gm = gm
         self.reference = reference
-        self.remedies = remedies
+        self.settings = settings
         self.journal = journal
         self.share = DistributedBatches.of(batches)
         mine, sizes = self.share.batches, self.share.sizes
         store = store or ValueStore()
         self._quantized = BlockRunner(gm, mine, store)
         self._floating = BlockRunner(reference, mine, store)
-        judges = torch.split(held_out_samples(self.share.samples, remedies.hold_out), sizes)
+        judges = torch.split(held_out_samples(self.share.samples, settings.hold_out), sizes)
         self._judges = self.share.of_mine(judges)
         boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
         self._tokens = token_masks(gm, mine, [*(g.source for g in groups), *boundary])
@@ -71,7 +71,7 @@ class Lockstep:
         layers = [layer for g in groups for layer in g.layers]
         self._outputs = {layer: self._output_of(layer) for layer in layers}
         self._sums = self._sums_of(groups)
-        self._targets = {g: self._targets_of(g) for g in groups if remedies.fp_target}
+        self._targets = {g: self._targets_of(g) for g in groups if settings.target == "fp"}
         self._blocks: BlockCompensation | None = None
         if compensation is not None:
             self._blocks = BlockCompensation(
@@ -220,11 +220,11 @@ class Lockstep:
         if samples is None:
             samples = torch.arange(count) * batch // count
         keep = torch.arange(count)
-        mask = self.mask(source, index, behind_end=self.remedies.mask_sums)
+        mask = self.mask(source, index, behind_end=self.settings.token_masks != "none")
         if mask is not None and len(mask) == count:
             keep = keep[mask.cpu()]
         inputs, outputs = weight.flatten(1).shape[1], len(weight)
-        tokens = max(self.remedies.tokens_per_input * inputs, CHUNK)  # a narrow layer's cost little
+        tokens = max(self.settings.tokens_per_input * inputs, CHUNK)  # a narrow layer's cost little
         share = -(-tokens // len(self.share.sizes))
         if inputs > outputs and share < len(keep):
             generator = torch.Generator().manual_seed(number)

@@ -52,9 +52,6 @@ class PassResult:
 class Pass(ABC):
     """Base of every pass. Subclasses are frozen dataclasses whose fields configure them."""
 
-    preserves_fp: ClassVar[bool] = False
-    """Whether the pass leaves the function exactly as it was, up to rounding."""
-
     must_follow: ClassVar[tuple[str, ...]] = ()
     """Names of passes that must have run on the graph before this one."""
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.config.recipes import recipe_for
+from qwt_fx.config.settings import settings_of
 from qwt_fx.evaluate.retrieval import CROSS_RECALLS, CROSS_SIDES, RECALLS, RETRIEVAL_COUNTS
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import compute_nodes, layer_name
@@ -163,7 +163,8 @@ def build_report(
     if config is not None:
         for key in ("recipe", "compat", "w_bits", "a_bits", "attention"):
             report[key] = getattr(config, key)
-        report["compensation"] = recipe_for(config).compensation
+        compensation = settings_of(config).compensation
+        report["compensation"] = "none" if compensation is None else compensation.kind
     for tower, gm in graphs.items():
         report["layers"] += layer_rows(gm, tower, (kernels or {}).get(tower))
         report["blocks"] += block_rows(gm, tower)

@@ -37,14 +37,14 @@ def fit_layer(
     spec: QuantSpec | None,
     train: LayerSums,
     judge: LayerSums,
-    remedies: LayerSettings,
+    settings: LayerSettings,
 ) -> FittedLayer:
     """Fit a layer with weight (o, i), bias (o,), and the quantizer `spec` of its weight, if any.
 
     train, judge: sums of what the layer's output misses on tokens that fit and that judge; consumed.
     """
     wanted, ridge = weight.double(), None
-    if remedies.refit:
+    if settings.refit:
         change, ridge = choose_refit(train, judge, RIDGES)
         if change is not None:
             wanted = wanted + change
@@ -54,31 +54,31 @@ def fit_layer(
     rounded, qparams = wanted, None
     if spec is not None:
         count = max(everything.count, 1)
-        free_bias = remedies.bias_correction
+        free_bias = settings.bias_correction
         gram = everything.centred()[0].div_(count) if free_bias else everything.gram / count
         gram = gram.float()
-        rounded, qparams = round_weight(wanted.float(), gram, spec, remedies)
+        rounded, qparams = round_weight(wanted.float(), gram, spec, settings)
         del gram
         rounded = rounded.double()
     change = rounded - weight.double()
-    moved = everything.bias(change) if remedies.bias_correction else torch.zeros_like(everything.t)
+    moved = everything.bias(change) if settings.bias_correction else torch.zeros_like(everything.t)
     before = everything.residual(None, torch.zeros_like(everything.t))
     after = everything.residual(change, moved)
     new_bias = None if bias is None else bias.double()
-    if remedies.bias_correction:
+    if settings.bias_correction:
         new_bias = moved if new_bias is None else new_bias + moved
     tokens = max(everything.count, 1)
     return FittedLayer(rounded, new_bias, qparams, ridge, before / tokens, after / tokens)
 
 
 def round_weight(
-    weight: Tensor, gram: Tensor, spec: QuantSpec, remedies: LayerSettings
+    weight: Tensor, gram: Tensor, spec: QuantSpec, settings: LayerSettings
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Dequantized rounded weight (o, i) float32 and its (scale, zero_point), (o,) each."""
     importance = gram.diagonal().clamp_min(0.0)
-    if remedies.rounding == "nearest":
+    if settings.rounding == "nearest":
         importance = torch.ones_like(importance)
-    qparams = row_qparams(weight, importance, spec, symmetric=remedies.symmetric_weights)
-    if remedies.rounding == "gptq":
+    qparams = row_qparams(weight, importance, spec, symmetric=settings.symmetric_weights)
+    if settings.rounding == "gptq":
         return gptq(weight, gram, *qparams, spec), qparams
     return round_to_nearest(weight, *qparams, spec), qparams

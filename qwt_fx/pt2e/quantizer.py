@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.config.recipes import recipe_for
+from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.graph.aten import CONVOLUTIONS, MATMULS, SDPA
 from qwt_fx.graph.graph_info import graph_info
@@ -75,7 +75,8 @@ class QwTQuantizer(_quantizer.Quantizer):  # type: ignore[misc]
         self.ranges = ranges
         self.skips: list[Skip] = []
         _check(self.config, ranges)
-        layers = recipe_for(self.config).layers
+        self._settings = settings_of(self.config)
+        layers = self._settings.layers
         self._symmetric = layers is not None and layers.symmetric_weights
         # Equal specs share one observer where they read one value; a new spec would not be equal.
         self._specs: dict[tuple[Node, int], Any] = {}
@@ -84,7 +85,7 @@ class QwTQuantizer(_quantizer.Quantizer):  # type: ignore[misc]
         """Decompose attention where it is to be quantized."""
         _require_float(model)
         self._specs.clear()
-        if self.config.attention == "uniform":
+        if self._settings.decompose_attention:
             fused = list(model.graph.find_nodes(op="call_function", target=SDPA))
             for node in (n for n in fused if why_not_decomposable(n) is None):
                 decompose_attention(model, node)
@@ -140,7 +141,7 @@ class QwTQuantizer(_quantizer.Quantizer):  # type: ignore[misc]
     def _product(self, node: Node) -> str | None:
         """Annotate a product of activations, or say why not."""
         bits = self.config.bits_for(layer_name(node)).activation
-        if self.config.attention == "none" or bits is None:
+        if not self._settings.quantize_attention or bits is None:
             return "attention stays in floating point (attention='none')"
         if node.target not in MATMULS:
             return f"{node.target} is not quantized"
@@ -172,7 +173,7 @@ def _check(config: QuantConfig, ranges: object) -> None:
     refused = {
         "compat": config.compat != "none",
         "compensation": config.compensation not in ("auto", "none"),
-        "attention": config.attention in ("log2", "auto"),
+        "attention": config.attention not in ("none", "uniform"),
         "exceptions": config.exceptions > 0.0,
     }
     for name in (n for n, wrong in refused.items() if wrong):

@@ -15,7 +15,7 @@ import qwt_fx
 from qwt_fx import api
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.layer_settings import LayerSettings
-from qwt_fx.config.recipes import recipe_for
+from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import DataError
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.measure.measure import sqnr_db
@@ -30,12 +30,12 @@ WIDE = 128
 
 
 def _calibrated(
-    model: nn.Module, remedies: LayerSettings = BEST, bits: int = 4, batches: Any = BATCHES
+    model: nn.Module, settings: LayerSettings = BEST, bits: int = 4, batches: Any = BATCHES
 ) -> GraphModule:
     reference = _captured(model, batches[0])
     gm = copy.deepcopy(reference)
     InsertObservers(QuantConfig(bits, bits))(gm)
-    CalibrateLayers(reference, batches, remedies)(gm)
+    CalibrateLayers(reference, batches, settings)(gm)
     return gm
 
 
@@ -89,7 +89,7 @@ def test_rescales_alone_leave_the_float_function_as_it_was() -> None:
     """Weights of 16 bits, nothing refitted: what is left is the error of 8-bit activations."""
     model = randomize(Tower(2)).double()
     batches = [b.double() for b in BATCHES]
-    moves = replace(BEST, refit=False, bias_correction=False, strengths=(1.0,))
+    moves = replace(BEST, refit=False, bias_correction=False, reparameterization=1.0)
     reference = _captured(model, batches[0])
     gm = copy.deepcopy(reference)
     InsertObservers(QuantConfig(16, 8))(gm)
@@ -120,7 +120,7 @@ def test_few_samples_do_not_clip_others(batch_size: int) -> None:
     [
         ({"refit": False, "bias_correction": False}, 0.3),
         ({"rounding": "nearest", "refit": False}, 0.3),
-        ({"strengths": (0.0,), "fold_values": False}, 1.0),
+        ({"reparameterization": 0.0, "fold_values": False}, 1.0),
     ],
 )
 def test_each_remedy_earns_its_place(without: dict[str, Any], gain: float) -> None:
@@ -171,14 +171,14 @@ def test_ranges_serve_the_output_rather_than_the_tensor() -> None:
         block.fc1.bias.data[:8] *= 100.0
         block.fc2.weight.data[:, :8] *= 1e-5
     served = _calibrated(model, replace(BEST, input_scales=False))
-    plain = _calibrated(model, replace(BEST, input_scales=False, output_ranges=False))
+    plain = _calibrated(model, replace(BEST, input_scales=False, ranges="tensor"))
     assert _sqnr(served, model) > _sqnr(plain, model) + 3.0
 
 
 def test_residual_stream_is_repaired() -> None:
     """Where the input of the stream was damaged, the next layer that adds to it makes up for it."""
     model = randomize(Tower(2), seed=3)
-    local = _calibrated(model, replace(BEST, fp_target=False), bits=3)
+    local = _calibrated(model, replace(BEST, target="local"), bits=3)
     repaired = _calibrated(model, bits=3)
     assert _sqnr(repaired, model) > _sqnr(local, model)
 
@@ -285,17 +285,17 @@ def test_norm_shared_with_something_else_is_left_alone() -> None:
 
 
 def test_recipe_fields_reach_the_pass() -> None:
-    layers = recipe_for(QuantConfig(rounding="nearest", reparameterization=0.5)).layers
+    layers = settings_of(QuantConfig(rounding="nearest", reparameterization=0.5)).layers
     assert layers is not None
     assert (layers.rounding, layers.strengths) == ("nearest", (0.5,))
-    assert recipe_for(QuantConfig(recipe="repq-vit")).layers is None
-    alone = recipe_for(QuantConfig(recipe="repq-vit", fold_values=True)).layers
+    assert settings_of(QuantConfig(recipe="repq-vit")).layers is None
+    alone = settings_of(QuantConfig(recipe="repq-vit", fold_values=True)).layers
     assert alone is not None
     assert alone.fold_values
     assert not alone.refit
-    searched = recipe_for(QuantConfig(recipe="repq-vit", ranges="tensor")).layers
+    searched = settings_of(QuantConfig(recipe="repq-vit", ranges="tensor")).layers
     assert searched is not None
-    assert not searched.output_ranges
+    assert searched.ranges == "tensor"
 
 
 def test_a_module_called_twice_gets_a_weight_for_each_call(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_every_block_runs_once(target: str, monkeypatch: pytest.MonkeyPatch) -> 
         return execute(gm, node, env)
 
     monkeypatch.setattr(runner, "execute", counted)
-    remedies = LayerSettings(fp_target=target == "fp")
+    layers = LayerSettings(target=target)
     settings = CompensationSettings("qwt", target)
-    CalibrateLayers(reference, BATCHES, remedies, compensation=settings)(observed)
+    CalibrateLayers(reference, BATCHES, layers, compensation=settings)(observed)
     blocks = {key: count for key, count in ran.items() if "blocks." in key[1]}
     assert {floating for floating, _ in blocks} == {True, False}
     assert set(blocks.values()) == {len(BATCHES)}

@@ -13,19 +13,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qwt_fx import api
+from qwt_fx.batches.batch import Batch
 from qwt_fx.batches.device_memory import with_smaller_batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.kept_batches import KeptBatches
 from qwt_fx.batches.precision import to_device
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.batches.value_store import ValueStore
-from qwt_fx.calibrate.observe_ranges import observe
 from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.quantize.tower_checkpoints import FinishedTower, TowerCheckpoints
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.config.recipes import recipe_for
 from qwt_fx.data.classes import ClassPrompts
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 from qwt_fx.evaluate.evaluate import (
@@ -123,7 +122,7 @@ def _within_memory(
         # Ranks hold batches of known sizes, and the original's figures belong to its batches.
         return _quantize_tower(inputs, config, checkpoints, *rest)
 
-    def run(tried: Sequence[tuple[Tensor, ...]]) -> FinishedTower:
+    def run(tried: Sequence[Batch]) -> FinishedTower:
         if tried is inputs.batches:
             return _quantize_tower(inputs, config, checkpoints, *rest)
         # A checkpoint belongs to its batches: these would not be found again.
@@ -150,21 +149,20 @@ def _quantize_tower(
     if checkpoint.finished is not None:
         screen.note(f"--resume: the {tower} tower is calibrated already")
         return checkpoint.finished
-    classifier = None
-    published = recipe_for(config).layers is None
-    if tower == "image" and published:
+    classifier: list[ClassifierQuantizer] = []
+
+    def ranges_found() -> None:
         # The published code finds the classifier's range in the very run that finds all others.
-        observe(prepared, inputs, checkpoint.journal)
-        classifier = _observe_classifier(prepared, inputs, config, seconds)
+        if tower == "image":
+            classifier.append(_observe_classifier(prepared, inputs, config, seconds))
+
     with screen.phase(f"{tower} tower: calibrate") as update:
         bar = partial(_advance, update)
         api.calibrate(
             prepared, inputs, seconds=seconds, progress=bar, checkpoint=checkpoint.journal,
-            memory_budget=store,
+            memory_budget=store, ranges_found=ranges_found,
         )  # fmt: skip
-    if tower == "image" and not published:
-        classifier = _observe_classifier(prepared, inputs, config, seconds)
-    done = FinishedTower(api.convert(prepared), classifier, seconds)
+    done = FinishedTower(api.convert(prepared), classifier[0] if classifier else None, seconds)
     checkpoint.finish(done)
     return done
 

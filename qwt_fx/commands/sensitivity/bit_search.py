@@ -20,7 +20,7 @@ from qwt_fx.checkpoint.resume_folder import ResumeFolder
 from qwt_fx.commands.quantize.pipeline import TOWERS, config_of_tower
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import FLOAT_BITS, QuantConfig
-from qwt_fx.config.recipes import recipe_for
+from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import ConfigError, OutputError
 from qwt_fx.evaluate.metrics import NearestCaption
 from qwt_fx.graph.nodes import weight_layers
@@ -206,7 +206,7 @@ class BitSearch:
             compensation="none",
             attention=config.attention,
             overrides=config.overrides,
-            embedding_bits=recipe_for(config).embedding_bits,
+            embedding_bits=settings_of(config).embedding_bits,
         )
         found = {}
         for tower in self.towers:
