@@ -40,22 +40,22 @@ class ChooseSoftmaxQuantizer(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
-        share = DistributedBatches.of(self.batches)
+        batches = DistributedBatches.of(self.batches)
         products = dict(_products(gm))
 
         def errors() -> list[tuple[float, float]]:
-            found: list[tuple[float, float]] = []
+            measured: list[tuple[float, float]] = []
 
             def visit(node: Node, env: Env) -> None:
                 if node in products:
                     module, probabilities, values = products[node]
-                    found.append(_errors(module, env[probabilities], env[values]))
+                    measured.append(_errors(module, env[probabilities], env[values]))
 
-            run_all(gm, share.batches[0], visit)
-            return found
+            run_all(gm, batches.batches[0], visit)
+            return measured
 
-        found = share.ranks.from_first(errors)
-        for (module, _, _), (log_sqrt2, uniform) in zip(products.values(), found, strict=True):
+        measured = batches.ranks.from_first(errors)
+        for (module, _, _), (log_sqrt2, uniform) in zip(products.values(), measured, strict=True):
             yield _choose(module, log_sqrt2, uniform)
 
 

@@ -56,22 +56,22 @@ class FixConstantTokens(Pass):
         if info.constant_token is not None:
             yield Skip("graph", "its start token is fixed already")
             return
-        share = DistributedBatches.of(self.batches)
-        first_batch = share.batches[0]
+        batches = DistributedBatches.of(self.batches)
+        first_batch = batches.batches[0]
         linears = [n for n in gm.graph.nodes if is_call(n, {LINEAR}) and feeds_attention(gm, n)]
         proof = token_mask(gm, first_batch, linears)
-        reason = share.ranks.from_first(lambda: proof.reason)
+        reason = batches.ranks.from_first(lambda: proof.reason)
         if reason is not None:
             yield Skip("graph", reason)
             return
-        starts = share.in_order(lambda index: [_ids(gm, share.batches[index])[:, 0].cpu()])
+        starts = batches.in_order(lambda index: [_ids(gm, batches.batches[index])[:, 0].cpu()])
         found = list(starts)
-        token = share.ranks.from_first(lambda: _only(torch.cat(found)))
+        token = batches.ranks.from_first(lambda: _only(torch.cat(found)))
         if token is None:
             yield Skip("graph", "its texts begin with different tokens")
             return
         set_mode(gm, Mode.OFF)
-        constants = share.ranks.from_first(lambda: _constants(gm, first_batch, linears, proof))
+        constants = batches.ranks.from_first(lambda: _constants(gm, first_batch, linears, proof))
         first: Node | None = None
         for linear, (why_not, is_first, row) in zip(linears, constants, strict=True):
             if why_not is not None:

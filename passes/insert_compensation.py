@@ -87,18 +87,18 @@ class InsertCompensation(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
-        settings, share = self.settings(), DistributedBatches.of(self.batches)
-        if reason := why_no_block(gm, share, settings):
+        settings, batches = self.settings(), DistributedBatches.of(self.batches)
+        if reason := why_no_block(gm, batches, settings):
             yield Skip("graph", reason)
             return
-        info, batches = graph_info(gm), share.batches
-        quantized = BlockRunner(gm, batches, self.store)
-        floating = BlockRunner(self.reference, batches, self.store)
+        info = graph_info(gm)
+        quantized = BlockRunner(gm, batches.batches, self.store)
+        floating = BlockRunner(self.reference, batches.batches, self.store)
         inputs = [find_node(gm, b.input) for b in info.blocks]
         proved = settings.token_masks or info.constant_token is not None
-        proofs = token_masks(gm, batches, inputs) if proved else []
+        proofs = token_masks(gm, batches.batches, inputs) if proved else []
         with torch.no_grad():
-            blocks = BlockCompensation(settings, quantized, floating, share, self.journal, proofs)
+            blocks = BlockCompensation(settings, quantized, floating, batches, self.journal, proofs)
             for index, done in enumerate(blocks.up_to(None)):
                 yield done
                 release_freed()

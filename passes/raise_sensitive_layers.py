@@ -57,11 +57,11 @@ class RaiseSensitiveLayers(Pass):
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
-        share = DistributedBatches.of(self.batches)
+        batches = DistributedBatches.of(self.batches)
         groups = {tuple(layer_name(n) for n in g.layers): g for g in find_groups(gm) if g.layers}
         chosen = self.journal.once(
             "sensitive layers",
-            lambda: share.ranks.from_first(lambda: self._chosen(gm, share.batches[0])),
+            lambda: batches.ranks.from_first(lambda: self._chosen(gm, batches.batches[0])),
         )
         self.journal.commit()
         for layers, error, cost in chosen:

@@ -53,16 +53,16 @@ class ReparameterizeLayerNorm(Pass):
     def requires(self, gm: GraphModule) -> None:
         """Every per-channel quantizer behind a norm must have been observed."""
         super().requires(gm)
-        found = False
+        observers = False
         for node in gm.graph.nodes:
             if is_fake_quant(gm, node):
-                found = True
+                observers = True
                 module = fake_quant_of(gm, node)
                 if module.spec.ch_axis == -1 and not module.calibrated:
                     raise NotCalibratedError(
                         f"{module.name} has not been observed: call qwt_fx.observe(gm, batches)"
                     )
-        if not found:
+        if not observers:
             raise NotCalibratedError(
                 "the graph has no observers: run InsertObservers(config)(gm), then "
                 "qwt_fx.observe(gm, batches)"

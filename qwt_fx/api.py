@@ -163,13 +163,13 @@ def compensations(quantized: GraphModule) -> dict[str, dict[str, Any]]:
     last linear.
     """
     tensors = compensation_tensors(quantized)
-    found = {}
+    applied = {}
     for block, record in graph_info(quantized).compensations.items():
         if record["applied"]:
             weight, bias = tensors.get(block, (None, None))
-            found[block] = {"W": weight, "b": bias}
-            found[block] |= {key: record[key] for key in ("kind", "r2", "r2_held_out")}
-    return found
+            applied[block] = {"W": weight, "b": bias}
+            applied[block] |= {key: record[key] for key in ("kind", "r2", "r2_held_out")}
+    return applied
 
 
 def report(quantized: GraphModule) -> dict[str, Any]:

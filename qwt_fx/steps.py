@@ -84,16 +84,16 @@ def calibrate(
     the message names the parameter or the layer.
     """
     check_parameters(prepared)
-    share = DistributedBatches.of(batches)
+    distributed = DistributedBatches.of(batches)
     then = ranges_found or (lambda: None)
     if not fake_quant_nodes(prepared):
         then()
         return prepared
     with (
         value_store(memory_budget) as store,
-        calibration_journal(checkpoint, prepared, share) as journal,
+        calibration_journal(checkpoint, prepared, distributed) as journal,
     ):
-        _calibrate(prepared, share, _Run(journal, store, seconds, progress, then))
+        _calibrate(prepared, distributed, _Run(journal, store, seconds, progress, then))
     return prepared
 
 
@@ -111,25 +111,25 @@ class _Run:
         return None if self.progress is None else partial(self.progress, phase)
 
 
-def _calibrate(prepared: GraphModule, share: DistributedBatches, run: _Run) -> None:
+def _calibrate(prepared: GraphModule, batches: DistributedBatches, run: _Run) -> None:
     settings = settings_of(config_of(prepared))
     if settings.choose_softmax:
-        ChooseSoftmaxQuantizer(share)(prepared)
+        ChooseSoftmaxQuantizer(batches)(prepared)
     if settings.exceptions > 0.0:
-        RaiseSensitiveLayers(share, settings.exceptions, journal=run.journal)(prepared)
+        RaiseSensitiveLayers(batches, settings.exceptions, journal=run.journal)(prepared)
     floating = _floating_twin(prepared)
     if settings.embedding_bits == 8:  # first, so that the layers are fitted on what they will read
         QuantizeEmbeddings()(prepared)
     if settings.layers is None:
-        _published(prepared, share, settings.compensation, run)
+        _published(prepared, batches, settings.compensation, run)
     else:
         with timed(run.seconds, "reparameterize"):
             if settings.constant_tokens:
-                FixConstantTokens(share)(prepared)
+                FixConstantTokens(batches)(prepared)
         with timed(run.seconds, "calibrate"):
             CalibrateLayers(
                 floating,
-                share,
+                batches,
                 settings.layers,
                 run.phase("calibrate"),
                 run.journal,
@@ -139,19 +139,19 @@ def _calibrate(prepared: GraphModule, share: DistributedBatches, run: _Run) -> N
             )(prepared)
         run.ranges_found()
     with timed(run.seconds, "calibrate"):
-        if share.ranks.first:  # which holds batch 0
-            measure_layers(prepared, _first_samples(share.batches[0]))
+        if batches.ranks.first:  # which holds batch 0
+            measure_layers(prepared, _first_samples(batches.batches[0]))
 
 
 def _published(
     prepared: GraphModule,
-    share: DistributedBatches,
+    batches: DistributedBatches,
     compensation: CompensationSettings | None,
     run: _Run,
 ) -> None:
     """RepQ-ViT's procedure, and QwT's behind it."""
     with timed(run.seconds, "calibrate"):
-        observe(prepared, share, run.journal)
+        observe(prepared, batches, run.journal)
     run.ranges_found()
     with timed(run.seconds, "reparameterize"):
         PassManager((ReparameterizeLayerNorm(), FoldChannelWise()))(prepared)
@@ -162,7 +162,7 @@ def _published(
         if compensation is not None:
             InsertCompensation(
                 floating,
-                share,
+                batches,
                 **vars(compensation),
                 progress=run.phase("compensate"),
                 journal=run.journal,

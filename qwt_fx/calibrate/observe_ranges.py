@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.batch import Batch, Batches
+from qwt_fx.batches.batch import Batch, Batches, as_inputs
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
@@ -80,14 +79,14 @@ def observe(gm: GraphModule, batches: Batches, journal: Journal = NO_JOURNAL) ->
         NotCalibratedError: the graph has no observers.
         DataError: `batches` is empty or a generator, or an activation is not finite.
     """
-    share = DistributedBatches.of(batches)
+    distributed = DistributedBatches.of(batches)
     nodes = fake_quant_nodes(gm)
     if not nodes:
         raise NotCalibratedError("the graph has no observers: run InsertObservers(config)(gm)")
     modules = [fake_quant_of(gm, n) for n in nodes]
 
     def find() -> tuple[tuple[Tensor | None, Tensor | None], ...]:
-        _observe(gm, share, nodes)
+        _observe(gm, distributed, nodes)
         return tuple((m.scale, m.zero_point) for m in modules)
 
     for module, (scale, zero_point) in zip(modules, journal.once("ranges", find), strict=True):
@@ -98,17 +97,18 @@ def observe(gm: GraphModule, batches: Batches, journal: Journal = NO_JOURNAL) ->
     return gm
 
 
-def _observe(gm: GraphModule, share: DistributedBatches, nodes: Sequence[Node]) -> None:
+def _observe(gm: GraphModule, batches: DistributedBatches, nodes: Sequence[Node]) -> None:
     activations = [n for n in nodes if not _is_weight(gm, n)]
     set_mode(gm, Mode.OBSERVE)
     masked = settings_of(config_of(gm)).token_masks == "all"
 
     def run() -> None:
-        first = share.batches[0]
+        first = batches.batches[0]
         with torch.no_grad(), masked_rows(gm, first, activations) if masked else nullcontext():
-            gm(*_positional(gm, first))
+            start(gm, first)  # raises a clear error when the batch does not fit the model
+            gm(*as_inputs(first))
 
-    observe_on_first(share.ranks, [fake_quant_of(gm, n) for n in nodes], run)
+    observe_on_first(batches.ranks, [fake_quant_of(gm, n) for n in nodes], run)
 
 
 def observe_on_first(
@@ -116,18 +116,13 @@ def observe_on_first(
 ) -> None:
     """Make an observation on the first rank, which holds batch 0; the others get its qparams."""
 
-    def found() -> list[tuple[Tensor | None, Tensor | None]]:
+    def qparams() -> list[tuple[Tensor | None, Tensor | None]]:
         observation()
         return [(m.scale, m.zero_point) for m in modules]
 
-    for module, (scale, zero_point) in zip(modules, ranks.from_first(found), strict=True):
+    for module, (scale, zero_point) in zip(modules, ranks.from_first(qparams), strict=True):
         if not ranks.first and scale is not None:
             module.set_qparams(scale, zero_point)
-
-
-def _positional(gm: GraphModule, batch: Batch) -> tuple[Any, ...]:
-    start(gm, batch)  # raises a clear error when the batch does not fit the model
-    return (batch,) if isinstance(batch, Tensor) else tuple(batch)
 
 
 def _is_weight(gm: GraphModule, node: Node) -> bool:

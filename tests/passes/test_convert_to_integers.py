@@ -9,7 +9,7 @@ from toys import Tower, randomize, tokens
 
 import qwt_fx
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.errors import NotCalibratedError
+from qwt_fx.errors import NotCalibratedError, PostconditionError
 from qwt_fx.passes import ConvertToIntegers
 
 CONFIGS = [
@@ -75,6 +75,17 @@ def test_uncalibrated_graph_is_refused_and_second_run_is_unmodified() -> None:
         qwt_fx.convert(qwt_fx.prepare(graph, QuantConfig()))
     q = qwt_fx.convert(calibrated)
     assert not ConvertToIntegers()(q).modified
+
+
+def test_a_module_that_is_no_quantizer_is_not_left_in_the_result() -> None:
+    graph = qwt_fx.capture(randomize(Tower()), (tokens(2),))
+    graph.add_submodule("other", torch.nn.Identity())
+    (output,) = graph.graph.find_nodes(op="output")
+    with graph.graph.inserting_before(output):
+        call = graph.graph.call_module("other", (output.args[0][0],))
+    output.args = ((call,),)
+    with pytest.raises(PostconditionError, match=r"modules are left in the graph: \['other'\]"):
+        ConvertToIntegers()(graph)
 
 
 def test_original_model_is_refused_by_save_and_lower(tmp_path) -> None:

@@ -1,0 +1,38 @@
+"""`qwt-fx quantize` where what is decided on data stands before the published procedure's ranges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_files import write_small_clip
+
+from qwt_fx.artifact.artifact import read_artifact
+from qwt_fx.cli import main
+from qwt_fx.graph.graph_info import graph_info
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_small_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        (["--attention", "auto"], "ChooseSoftmaxQuantizer"),
+        (["--exceptions", "0.2"], "RaiseSensitiveLayers"),
+    ],
+)
+def test_the_published_recipe_takes_what_is_chosen_before_ranges(
+    words: list[str], tmp_path: Path, extra: list[str], name: str
+) -> None:
+    output = tmp_path / "artifact"
+    command = ["quantize", *words, "--w-bits", "4", "--a-bits", "4", "--recipe", "repq-vit"]
+    assert main([*command, *extra, "--choice", "image_only", "--output", str(output)]) == 0
+    artifact = read_artifact(output)
+    passes = {r["pass"]: r["changes"] for r in graph_info(artifact.towers["image"]).passes}
+    assert passes[name]
+    assert artifact.extra["classifier"]["input"] is not None
+    assert json.loads((output / "report.json").read_text())["recipe"] == "repq-vit"
