@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shallow_demo import LAYERS, write_shallow_demo
 from torch.fx import GraphModule
 
 import qwt_fx
@@ -29,9 +30,9 @@ CLASSES = 12
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's files, with the first classes only."""
+    """The demo's files, with the first blocks and the first classes only."""
     folder = tmp_path_factory.mktemp("demo")
-    write_files(folder, "hard")
+    write_shallow_demo(folder)
     kept = sorted((folder / "val").iterdir())[:CLASSES]
     small = folder / "small"
     for path in kept:
@@ -95,9 +96,9 @@ def test_quantize_writes_an_artifact_and_a_whole_report(artifact: Path) -> None:
     )
     assert not list(artifact.parent.glob("*.partial"))
     quantized = [row for row in report["layers"] if row["w_bits"] is not None]
-    assert len(quantized) == 8 * 4 + 1 + 6 * 4
+    assert len(quantized) == LAYERS * 4 + 1 + LAYERS * 4
     assert all(row["reason"] for row in report["layers"] if row["w_bits"] is None)
-    assert len(report["blocks"]) == 14
+    assert len(report["blocks"]) == 2 * LAYERS
 
 
 def test_eval_in_a_new_process_gives_the_same_accuracy(artifact: Path, demo: Path) -> None:
@@ -146,9 +147,9 @@ def test_log2_attention_runs_through_every_command(demo: Path, tmp_path: Path) -
         main(_quantize(demo, output, "--attention", "log2", "--w-bits", "4", "--a-bits", "4")) == 0
     )
     model = qwt_fx.clip.load(output)
-    for tower, softmaxes in ((model.image, 8), (model.text, 6)):
+    for tower in (model.image, model.text):
         nodes = [n for n in tower.graph.nodes if "quantize_log_sqrt2" in str(n.target)]
-        assert len(nodes) == 2 * softmaxes  # q and dq
+        assert len(nodes) == 2 * LAYERS  # q and dq
     assert main(["inspect", "--artifact", str(output)]) == 0
     assert main(["eval", "--artifact", str(output), *_eval(demo)]) == 0
 
@@ -290,8 +291,9 @@ def test_force_replaces_a_folder_of_another_kind(demo: Path, tmp_path: Path) -> 
 
 def test_max_drop_exits_with_3_and_keeps_the_artifact(demo: Path, tmp_path: Path) -> None:
     output = tmp_path / "o"
-    words = ["--w-bits", "2", "--a-bits", "2", "--max-drop", "0.5"]
-    assert main(_quantize(demo, output, *words)) == 3
+    write_files(tmp_path / "whole", "hard")  # the shallow model has no accuracy to lose
+    words = ["--w-bits", "2", "--a-bits", "2", "--recipe", "repq-vit", "--max-drop", "0.5"]
+    assert main(_quantize(demo, output, *_model(tmp_path / "whole"), *words)) == 3
     assert (output / "artifact.json").exists()
 
 

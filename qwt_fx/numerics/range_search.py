@@ -41,23 +41,26 @@ def squared_error(mass: Mass, scale: Tensor, zero_point: Tensor, quant_max: int)
     """
     s, z = scale.double()[:, None], zero_point.double()[:, None]
     value, half = mass.value[None], mass.half[None]
-    upper = _error_integral(value + half, s, z, quant_max)
-    lower = _error_integral(value - half, s, z, quant_max)
-    mean = (upper - lower) / (2.0 * half).clamp_min(torch.finfo(torch.float64).tiny)
-    codes = (torch.round(value / s) + z).clamp(0, quant_max)
-    error = torch.where(half > 0.0, mean, (value - (codes - z) * s).square())
-    return error @ mass.weight
+    # In place: a table of candidates and bins is large, and making it takes longer than filling it.
+    mean = _error_integral(value + half, s, z, quant_max)
+    mean -= _error_integral(value - half, s, z, quant_max)
+    mean /= (2.0 * half).clamp_min(torch.finfo(torch.float64).tiny)
+    codes = (value / s).round_().add_(z).clamp_(0, quant_max)
+    point = codes.sub_(z).mul_(s).sub_(value).square_()
+    return torch.where(half > 0.0, mean, point) @ mass.weight
 
 
 def _error_integral(x: Tensor, s: Tensor, z: Tensor, quant_max: int) -> Tensor:
     """Integral from the lowest level to x of the squared error (t - Q(t))^2 dt."""
     low, high = -z * s, (quant_max - z) * s
     inside = x.clamp(low, high)
-    steps = torch.round((inside - low) / s)
-    rest = inside - low - steps * s
+    outside = x - inside
+    rest = inside.sub_(low)
+    steps = (rest / s).round_()
+    rest -= steps * s
     # Each whole step between two levels contributes s^3 / 12; the rest lies around a level.
-    sawtooth = steps * s**3 / 12.0 + rest**3 / 3.0
-    return sawtooth + (x - inside) ** 3 / 3.0
+    sawtooth = steps.mul_(s**3).div_(12.0).add_(rest.pow_(3).div_(3.0))
+    return sawtooth.add_(outside.pow_(3).div_(3.0))
 
 
 def search_range(mass: Mass, spec: QuantSpec, extra: tuple[tuple[float, float], ...] = ()) -> Range:

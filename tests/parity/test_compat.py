@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from golden_files import COMMITTED, golden_batches, golden_towers
+from shallow_demo import write_shallow_demo
 from torch.fx import GraphModule
 
 from qwt_fx import api
 from qwt_fx.cli import main
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.demo.assets import write_files
 from qwt_fx.errors import DataError
 from qwt_fx.graph.aten import LAYER_NORM
 from qwt_fx.graph.graph_info import graph_info
@@ -93,7 +93,7 @@ def test_singular_regression_of_block_0_is_solved_in_both_settings(compat: str) 
 def test_extra_batch_is_read_for_both_towers_of_the_original_only(
     compat: str, choice: str, samples: int, tmp_path: Path
 ) -> None:
-    write_files(tmp_path / "demo", "hard")
+    write_shallow_demo(tmp_path / "demo")
     demo, output = tmp_path / "demo", tmp_path / "out"
     words = [
         "--model",
