@@ -7,10 +7,10 @@ MIN := .venv-min
 RUN := env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV
 FAST := -m "not slow and not gpu"
 # Two processes of one thread each are faster than one of two; whole files stay in one process, which
-# keeps what their tests share.
+# keeps what their tests share; tests/conftest.py puts the long ones first.
 JOBS ?= 2
 PYTEST = env -u PYTHONPATH -u PYTHONHOME -u VIRTUAL_ENV OMP_NUM_THREADS=1 \
-  $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile
+  $(1)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 FULL_LOG := benchmarks/results/test-full.log
 MIN_LOG := benchmarks/results/test-min.log
 FAULTS := tests/data $(addprefix tests/,$(addsuffix .py,artifact/test_artifact \

@@ -13,6 +13,11 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 import pytest
 import torch
 
+# Several processes take whole files, these first: what takes long must not begin last.
+LONG = (
+    "test_resume.py", "test_cli.py", "test_zoo.py", "test_interruptions.py", "test_distributed.py",
+    "test_examples.py", "test_random_graphs.py",
+)  # fmt: skip
 _LOOPBACK = ("127.", "::1", "localhost")
 _connect, _getaddrinfo = socket.socket.connect, socket.getaddrinfo
 
@@ -49,6 +54,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -284,7 +284,7 @@ def test_force_replaces_a_folder_of_another_kind(demo: Path, tmp_path: Path) -> 
     target = tmp_path / "mine"
     target.mkdir()
     (target / "notes.txt").write_text("old")
-    assert main([*_quantize(demo, target), "--force"]) == 0
+    assert main([*_quantize(demo, target), "--force", "--recipe", "repq-vit"]) == 0
     assert not (target / "notes.txt").exists()
     assert (target / "artifact.json").exists()
 
@@ -352,7 +352,8 @@ def test_a_device_out_of_memory_gets_smaller_batches_said_aloud(
 ) -> None:
     tried = _small_device(monkeypatch, most=4)
     output = tmp_path / "out"
-    assert main(_quantize(demo, output, "--batch-size", "16")) == 0
+    words = ["--batch-size", "16", "--recipe", "repq-vit"]
+    assert main(_quantize(demo, output, *words)) == 0
     assert (output / "report.json").exists()
     assert tried[:3] == [16, 8, 4]
     assert "begins anew with batches of 4" in caplog.text
