@@ -15,6 +15,8 @@ from typing import Any, NoReturn, TypeAlias
 from qwt_fx.errors import ArtifactError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+# Of JSON values: a report, an index, an entry of these.
+JsonObject = dict[str, Any]
 
 MAX_BYTES = 256 * 1024 * 1024
 MAX_DEPTH = 64

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
@@ -18,17 +16,18 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from qwt_fx.artifact.artifact import Artifact, read_artifact
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.clip.model_source import ModelSource, find_source, first_line
 from qwt_fx.clip.towers import ClipEncoder, ImageTower, TextTower
 from qwt_fx.clip.weights import load_weights, read_checkpoint
+from qwt_fx.data.data import Tokenizer
+from qwt_fx.data.decoding import Transform
 from qwt_fx.errors import ArtifactError, ConfigError, MissingExtraError, ModelError
 
 _log = logging.getLogger(__name__)
 
+TOWERS = ("image", "text")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-Transform = Callable[[Any], Tensor]
-Tokenizer = Callable[[list[str]], Tensor]
 
 
 @dataclass
@@ -52,10 +51,15 @@ class ClipModel:
     image: nn.Module
     text: nn.Module
     logit_scale: float
-    model_config: dict[str, Any]
-    preprocess: dict[str, Any]
-    tokenizer_config: dict[str, Any]
+    model_config: JsonObject
+    preprocess: JsonObject
+    tokenizer_config: JsonObject
     device: str = "cpu"
+
+    @property
+    def towers(self) -> dict[str, nn.Module]:
+        """Both towers by name."""
+        return {"image": self.image, "text": self.text}
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -83,6 +87,10 @@ class ClipModel:
         `ModelError` when it cannot be had.
         """
         return _tokenizer(self.tokenizer_config)
+
+    def example(self, tower: str, batch: int = 1) -> Tensor:
+        """What a tower reads, for capture; see `image_example` and `text_example`."""
+        return self.image_example(batch) if tower == "image" else self.text_example(batch)
 
     def image_example(self, batch: int = 1) -> Tensor:
         """Seeded noise (batch, 3, h, w) float32 on the model's device, for capture."""
@@ -138,16 +146,15 @@ def load(
         return from_artifact(read_artifact(Path(name)), device=device)
     source = find_source(name, pretrained, allow_random)
     model = _open_clip_model(source, allow_torchscript)
-    visual: Any = model.visual
-    size = getattr(visual, "image_size", None) or source.preprocess["size"]
-    scale: Any = model.logit_scale
+    size = getattr(model.visual, "image_size", None) or source.preprocess["size"]
+    scale = math.exp(model.get_parameter("logit_scale").item())
     model = model.to(device=device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
     return ClipModel(
         name=source.name,
         pretrained=pretrained,
         image=ImageTower(model),
         text=TextTower(model),
-        logit_scale=math.exp(scale.item()),
+        logit_scale=scale,
         model_config=source.config,
         # The towers' own size rules: a configuration of the preprocessing may leave it out.
         preprocess=source.preprocess | {"size": size},
@@ -220,7 +227,7 @@ def _build(source: ModelSource) -> nn.Module:
     return model
 
 
-def _tokenizer(config: dict[str, Any]) -> Tokenizer:
+def _tokenizer(config: JsonObject) -> Tokenizer:
     tokenizer: Tokenizer
     if config["source"] is None:
         tokenizer = open_clip.SimpleTokenizer(
@@ -253,7 +260,7 @@ _STORED = {
 }
 
 
-def to_extra(model: ClipModel) -> dict[str, Any]:
+def to_extra(model: ClipModel) -> JsonObject:
     """What `from_artifact` needs beside the towers, for JSON: an entry "clip"."""
     return {"clip": {key: getattr(model, key) for key in _STORED}}
 
@@ -264,7 +271,7 @@ def from_artifact(artifact: Artifact, *, device: str | torch.device = "cpu") -> 
     Raises `ArtifactError` where the artifact holds something else, or its entry is malformed.
     """
     entry = artifact.extra.get("clip")
-    if not isinstance(entry, dict) or set(artifact.towers) != {"image", "text"}:
+    if not isinstance(entry, dict) or set(artifact.towers) != set(TOWERS):
         raise ArtifactError(
             "this artifact holds a graph, not the two towers of a CLIP: use qwt_fx.load"
         )

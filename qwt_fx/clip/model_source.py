@@ -11,12 +11,12 @@ import difflib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import open_clip
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.errors import ModelError
 
 _REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
@@ -49,9 +49,9 @@ class ModelSource:
     """
 
     name: str
-    config: dict[str, Any]
-    preprocess: dict[str, Any]
-    tokenizer: dict[str, Any]
+    config: JsonObject
+    preprocess: JsonObject
+    tokenizer: JsonObject
     weights: Path | None
     quick_gelu: bool = False
 
@@ -84,8 +84,8 @@ def first_line(error: BaseException) -> str:
 
 def _source(
     name: str,
-    config: dict[str, Any],
-    preprocess: dict[str, Any],
+    config: JsonObject,
+    preprocess: JsonObject,
     weights: Path | None,
     *,
     quick_gelu: bool = False,
@@ -154,10 +154,10 @@ def _tags_hint(name: str) -> str:
 def _from_folder(name: str, allow_random: bool) -> ModelSource:
     folder = Path(name[len(_LOCAL) :])
     config, preprocess = _read_config(folder / _CONFIG_FILE)
-    found = [folder / file for file in _WEIGHT_FILES if (folder / file).is_file()]
-    if not found and not allow_random:
+    files = [folder / file for file in _WEIGHT_FILES if (folder / file).is_file()]
+    if not files and not allow_random:
         raise ModelError(f"{name}: no weights; wanted one of {', '.join(_WEIGHT_FILES)}")
-    weights = found[0] if found else None
+    weights = files[0] if files else None
     return _source(folder.name, config, preprocess, weights, tokenizer_folder=str(folder))
 
 
@@ -172,7 +172,7 @@ def _from_hub(name: str) -> ModelSource:
     return _source(name, config, preprocess, weights)
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_config(path: Path) -> tuple[JsonObject, JsonObject]:
     """Model and preprocessing configuration of a JSON file: open_clip's, or its hub layout."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ import pickletools
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class _Module:
 
     qualified_name = ""
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.attributes = state
 
 
@@ -104,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self._archive, self._root = archive, root
         # Made anew for each archive: a pickle may set attributes of whatever it is given.
-        self._known: dict[tuple[str, str], Callable[..., Any]] = {
+        self._known: dict[tuple[str, str], Callable[..., object]] = {
             ("torch._utils", "_rebuild_tensor_v2"): lambda *args: _tensor(*args),
             ("collections", "OrderedDict"): dict,
             ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
@@ -112,7 +112,7 @@ class _Unpickler(pickle.Unpickler):
         for kind in ("int", "double", "bool", "tensor"):
             self._known["torch.jit._pickle", f"build_{kind}list"] = lambda values: list(values)
 
-    def find_class(self, module: str, name: str, /) -> Any:
+    def find_class(self, module: str, name: str, /) -> object:
         """The stand-in for a name; raises `UnsafeArchive` for one that is not listed."""
         if module.startswith("__torch__"):
             return type("_Named", (_Module,), {"qualified_name": f"{module}.{name}"})
@@ -135,7 +135,9 @@ class _Unpickler(pickle.Unpickler):
         return torch.frombuffer(bytearray(self._archive.read(info)), dtype=dtype)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+def _tensor(
+    storage: object, offset: int, size: Sequence[int], stride: Sequence[int], *_: object
+) -> Tensor:
     """A tensor over a storage; raises where it would leave the storage."""
     if not isinstance(storage, Tensor):
         raise UnsafeArchive("a tensor without a storage")
@@ -164,8 +166,8 @@ def _declared(qualified_name: str, archive: zipfile.ZipFile, root: str) -> set[s
     module, _, name = qualified_name.rpartition(".")
     source = archive.read(f"{root}code/{module.replace('.', '/')}.py").decode()
     body = re.split(rf"^class {re.escape(name)}\(", source, maxsplit=1, flags=re.MULTILINE)[-1]
-    found: set[str] = set()
+    names: set[str] = set()
     for kind in ("parameters", "buffers"):
         if match := re.search(rf"^  __{kind}__ = \[(.*?)\]", body, flags=re.MULTILINE | re.DOTALL):
-            found.update(re.findall(r'"([^"]+)"', match[1]))
-    return found
+            names.update(re.findall(r'"([^"]+)"', match[1]))
+    return names

@@ -94,9 +94,9 @@ class _FirstPositions:
         return value
 
 
-def _embedding(output: Any) -> Tensor:
+def _embedding(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The pooled embedding of a tower's output, which is (pooled, tokens) in CoCa."""
-    pooled: Tensor = output[0] if isinstance(output, tuple) else output
+    pooled = output[0] if isinstance(output, tuple) else output
     return pooled.float() if pooled.dtype in _HALF else pooled
 
 

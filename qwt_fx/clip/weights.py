@@ -22,6 +22,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
 from qwt_fx.clip import torchscript
+from qwt_fx.clip.model_source import first_line
 from qwt_fx.errors import ModelError
 
 # OpenAI's archives keep these numbers among their tensors.
@@ -61,7 +62,7 @@ def read_checkpoint(path: Path, *, allow_torchscript: bool = False) -> Checkpoin
             f"{error}; if you trust where it comes from, give --allow-torchscript"
         ) from error
     except Exception as error:  # the readers raise a dozen kinds, pickle's and zip's among them
-        raise ModelError(f"checkpoint {path}: cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"checkpoint {path}: cannot be read: {first_line(error)}") from error
     state = _state_dict(stored)
     if state is None:
         raise ModelError(
@@ -73,7 +74,7 @@ def read_checkpoint(path: Path, *, allow_torchscript: bool = False) -> Checkpoin
     return Checkpoint(path, _unwrapped(state), openai)
 
 
-def _read(path: Path, allow_torchscript: bool) -> Any:
+def _read(path: Path, allow_torchscript: bool) -> object:
     if torchscript.is_torchscript(path):
         try:
             return torchscript.read_state_dict(path)
@@ -101,7 +102,7 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def _state_dict(stored: Any) -> dict[str, Tensor] | None:
+def _state_dict(stored: object) -> dict[str, Tensor] | None:
     """The state dict in what a checkpoint holds; `None` when there is none."""
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]
@@ -175,8 +176,3 @@ def _mismatch(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> str:
 
 def _some(items: Sequence[str], separator: str) -> str:
     return separator.join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 from qwt_fx.errors import DataError
 
@@ -67,7 +66,7 @@ def _decoded(data: bytes) -> str:
         raise DataError(f"caption is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _json_value(text: str) -> Any:
+def _json_value(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -79,10 +78,10 @@ def _list_from_json(text: str) -> list[str]:
     value = _json_value(text)
     if isinstance(value, dict):
         value = value.get("captions", value.get("caption"))
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+    texts: object = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
         raise DataError('JSON is no list of texts, and has none under "captions" or "caption"')
-    return found
+    return texts
 
 
 def _from_json(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from qwt_fx.errors import DataError
 
-Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 BY_NAME = "index"
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -45,7 +45,7 @@ def imagenet_part(folders: Sequence[str]) -> tuple[int, ...] | None:
     return tuple(index[folder] for folder in folders)
 
 
-def folder_indices(path: Path, folders: Sequence[str], classes: int) -> tuple[int, ...]:
+def folder_indices(path: StrPath, folders: Sequence[str], classes: int) -> tuple[int, ...]:
     """Class index of each folder, from a class map.
 
     Args:
@@ -57,20 +57,20 @@ def folder_indices(path: Path, folders: Sequence[str], classes: int) -> tuple[in
     Raises:
         DataError: unreadable, malformed, a folder without an entry, or an index out of range.
     """
-    found = _by_name(folders) if os.fspath(path) == BY_NAME else _load(path)
-    missing = [folder for folder in folders if folder not in found]
+    index_of = _by_name(folders) if os.fspath(path) == BY_NAME else _load(path)
+    missing = [folder for folder in folders if folder not in index_of]
     if missing:
         raise DataError(
             f"{os.fspath(path)}: no class for {len(missing)} of {len(folders)} folders, the first "
             f"{missing[0]!r}; add them, or remove the folders"
         )
     for folder in folders:
-        if not 0 <= found[folder] < classes:
+        if not 0 <= index_of[folder] < classes:
             raise DataError(
-                f"{os.fspath(path)}: folder {folder!r} has class {found[folder]}, wanted 0 to "
+                f"{os.fspath(path)}: folder {folder!r} has class {index_of[folder]}, wanted 0 to "
                 f"{classes - 1}"
             )
-    return tuple(found[folder] for folder in folders)
+    return tuple(index_of[folder] for folder in folders)
 
 
 def _by_name(folders: Sequence[str]) -> dict[str, int]:
@@ -82,7 +82,7 @@ def _by_name(folders: Sequence[str]) -> dict[str, int]:
     return {folder: int(folder) for folder in folders}
 
 
-def _load(path: Path) -> dict[str, int]:
+def _load(path: StrPath) -> dict[str, int]:
     where = os.fspath(path)
     try:
         with open(where, encoding="utf-8-sig") as file:
@@ -98,12 +98,12 @@ def _load(path: Path) -> dict[str, int]:
             if type(index) is not int:  # JSON's true is an int to isinstance
                 raise DataError(f"{where}: {folder!r}: got {index!r}, wanted a class index")
         return dict(value)
-    found: dict[str, int] = {}
+    index_of: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         folder, _, index = line.strip().rpartition("\t" if "\t" in line else " ")
         if not line.strip():
             continue
         if not folder.strip() or not re.fullmatch(r"\d{1,9}", index.strip()):
             raise DataError(f"{where}: line {number}: got {line!r}, wanted FOLDER INDEX")
-        found[folder.strip()] = int(index)
-    return found
+        index_of[folder.strip()] = int(index)
+    return index_of

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwt_fx.data import class_map
+from qwt_fx.data.class_map import StrPath
 from qwt_fx.errors import DataError
 
 PLACEHOLDER = "{}"
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 IMAGENET_CLASSES = 1000
-
-Path = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,17 @@ class ClassPrompts:
         """The class of the sorted folder number `folder`."""
         return self.folder_classes[folder] if self.folder_classes else folder
 
+    @property
+    def sentences(self) -> list[str]:
+        """The prompts of all classes, class by class."""
+        return [sentence for k in range(len(self.names)) for sentence in self.prompts(k)]
+
     def prompts(self, k: int) -> list[str]:
         """Every template filled with the name of class `k`, in the order of the templates."""
         return [template.replace(PLACEHOLDER, self.names[k]) for template in self.templates]
 
 
-def load_classnames(path: Path) -> list[str]:
+def load_classnames(path: StrPath) -> list[str]:
     """Class names, one a line.
 
     Raises:
@@ -55,7 +59,7 @@ def load_classnames(path: Path) -> list[str]:
     return _lines(path, "class name")
 
 
-def load_templates(path: Path) -> list[str]:
+def load_templates(path: StrPath) -> list[str]:
     """Prompt templates, one a line.
 
     Raises:
@@ -78,9 +82,9 @@ def folder_caption(folder: str) -> str:
 
 def resolve(
     classes: Sequence[str],
-    classnames_file: Path | None = None,
-    templates_file: Path | None = None,
-    class_map_file: Path | None = None,
+    classnames_file: StrPath | None = None,
+    templates_file: StrPath | None = None,
+    class_map_file: StrPath | None = None,
 ) -> ClassPrompts:
     """Names and templates of `classes`.
 
@@ -128,7 +132,7 @@ def resolve(
     return ClassPrompts(tuple(names), templates, tuple(notes), order)
 
 
-def _names_from_file(path: Path, classes: Sequence[str]) -> list[str]:
+def _names_from_file(path: StrPath, classes: Sequence[str]) -> list[str]:
     names = load_classnames(path)
     if len(names) != len(classes):
         raise DataError(
@@ -169,7 +173,7 @@ def _imagenet_names() -> list[str]:
     return [str(name) for name in IMAGENET_CLASSNAMES]
 
 
-def _templates(path: Path | None, imagenet: bool, notes: list[str]) -> tuple[str, ...]:
+def _templates(path: StrPath | None, imagenet: bool, notes: list[str]) -> tuple[str, ...]:
     if path is not None:
         return tuple(load_templates(path))
     if imagenet:
@@ -182,9 +186,9 @@ def _templates(path: Path | None, imagenet: bool, notes: list[str]) -> tuple[str
 
 def _mapped(
     classes: Sequence[str],
-    classnames_file: Path | None,
-    templates_file: Path | None,
-    class_map_file: Path,
+    classnames_file: StrPath | None,
+    templates_file: StrPath | None,
+    class_map_file: StrPath,
 ) -> ClassPrompts:
     """Classes by a map from folder to index in the list of names; ImageNet's without a file."""
     every = _imagenet_names() if classnames_file is None else load_classnames(classnames_file)
@@ -196,7 +200,7 @@ def _mapped(
     return ClassPrompts(names, templates, tuple(notes), tuple(kept.index(i) for i in indices))
 
 
-def _lines(path: Path, what: str) -> list[str]:
+def _lines(path: StrPath, what: str) -> list[str]:
     """Lines of a UTF-8 file, stripped; trailing blank ones dropped, none left blank."""
     where = os.fspath(path)
     try:

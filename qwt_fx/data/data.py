@@ -132,9 +132,9 @@ def _draw(
     if dataset_type == "webdataset":
         return sample_locations(expand(spec), samples, seed, spare=spare)
     if dataset_type == "imagefolder":
-        found = list_images(spec)
-        files = random_order(found.files, samples + spare, f"{seed}:images")
-        captions = _captions(found.classes, class_prompts, spec, seed)
+        images = list_images(spec)
+        files = random_order(images.files, samples + spare, f"{seed}:images")
+        captions = _captions(images.classes, class_prompts, spec, seed)
         return iter([FilePair(path, captions(label)) for path, label in files])
     if dataset_type == "csv":
         return iter(random_order(read_csv(spec), samples + spare, f"{seed}:images"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +26,7 @@ from qwt_fx.errors import DataError
 log = logging.getLogger(__name__)
 
 Transform = Callable[[Image.Image], Tensor]
+Pixels = NDArray[np.float32]
 
 # The short side is resized to the model's: a 1 x 60,000 image would become gigabytes.
 MAX_ASPECT = 200
@@ -40,7 +42,7 @@ class Decoded:
     containers have little, and each holds a file open.
     """
 
-    image: np.ndarray[Any, np.dtype[np.float32]]
+    image: Pixels
     captions: tuple[str, ...]
     bytes_read: int
 
@@ -94,7 +96,7 @@ def decode_in_order(
         DataError: from `sources`, or when a worker process dies.
     """
     # With a generator of its own, the loader leaves the caller's random state alone.
-    loader: DataLoader[Any] = DataLoader(
+    loader: DataLoader[Decoded | Undecodable] = DataLoader(
         _Decoder(transform),
         batch_size=None,
         sampler=sources,
@@ -113,7 +115,7 @@ def decode_in_order(
         ) from error
 
 
-class _Decoder(Dataset[Any]):
+class _Decoder(Dataset["Decoded | Undecodable"]):
     """Maps a `PairSource` (not a number: the loader hands on whatever its sampler yields)."""
 
     def __init__(self, transform: Transform) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from qwt_fx.data.decoding import Transform, Undecodable, decode_in_order
+from qwt_fx.data.decoding import Pixels, Transform, Undecodable, decode_in_order
 from qwt_fx.data.samples import FilePair
 from qwt_fx.errors import ConfigError, DataError
 
@@ -43,7 +43,7 @@ def list_images(directory: str | os.PathLike[str]) -> ImageFiles:
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such folder; wanted one that holds a folder of images a class")
     try:
-        found = ImageFolder(path)
+        images = ImageFolder(path)
     except FileNotFoundError as error:
         # torchvision's two messages: no class folders, or no images in some of them.
         if not any(entry.is_dir() for entry in os.scandir(path)):
@@ -53,7 +53,7 @@ def list_images(directory: str | os.PathLike[str]) -> ImageFiles:
         raise DataError(f"{path}: {error}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return ImageFiles(path, tuple(found.classes), tuple(found.samples))
+    return ImageFiles(path, tuple(images.classes), tuple(images.samples))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class ImageFolderData:
         ]
         # The caption is not used, and must not be empty.
         sources = [FilePair(path, "image") for path, _ in files]
-        images: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
+        images: list[Pixels] = []
         done = 0
         with closing(decode_in_order(sources, self.transform, self.workers)) as results:
             for result in results:
@@ -157,10 +157,10 @@ def read_csv(path: str) -> Iterator[FilePair]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
-            found = reader.fieldnames or []
-            if missing := [name for name in COLUMNS if name not in found]:
+            columns = reader.fieldnames or []
+            if missing := [name for name in COLUMNS if name not in columns]:
                 raise DataError(
-                    f"{path}: no column {missing[0]!r} (got {', '.join(map(repr, found))}); "
+                    f"{path}: no column {missing[0]!r} (got {', '.join(map(repr, columns))}); "
                     "wanted tab-separated columns 'filepath' and 'title'"
                 )
             for row in reader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwt_fx.data.data import MAX_BAD_SHARE
+from qwt_fx.data.data import MAX_BAD_SHARE, Tokenizer
 from qwt_fx.data.decoding import Decoded, Transform, Undecodable, decode_in_order
 from qwt_fx.data.samples import CaptionedSample, ScanCounts
 from qwt_fx.data.shards import expand, samples_in_order
 from qwt_fx.errors import ConfigError, DataError
-
-Tokenizer = Callable[[list[str]], Tensor]
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _why_nothing(shard: str, counts: ScanCounts) -> str:
     """The message for a shard without a single image-caption pair."""
     if counts.groups == 0:
         return f"{shard}: the tar is empty: it holds no files named KEY.EXTENSION"
-    found = ", ".join(
+    extensions = ", ".join(
         f".{e}" if e.isprintable() else repr(e) for e in sorted(counts.extensions)[:8]
     )
     if counts.with_caption == 0:
@@ -185,7 +185,8 @@ def _why_nothing(shard: str, counts: ScanCounts) -> str:
     else:
         lack, wanted = "both an image and a caption", "KEY.jpg and KEY.txt side by side"
     return (
-        f"{shard}: none of its {counts.groups} samples has {lack}; found {found}, wanted {wanted}"
+        f"{shard}: none of its {counts.groups} samples has {lack}; found {extensions}, "
+        f"wanted {wanted}"
     )
 
 

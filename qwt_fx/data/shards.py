@@ -123,7 +123,7 @@ class SampledShards(Iterator[SampleLocation]):
         streamed: how many of `shards_available` can only be streamed.
         bytes_read: of headers, indexes and streams; not of the members read later.
         incomplete: groups of files met that lack an image or a caption.
-        found: samples handed out so far, spare ones included.
+        drawn: samples handed out so far, spare ones included.
         shortfall: by how many all shards together fall short of `n`; 0 until that is known.
     """
 
@@ -136,7 +136,7 @@ class SampledShards(Iterator[SampleLocation]):
         self.shards_touched = 0
         self.bytes_read = 0
         self.incomplete = 0
-        self.found = 0
+        self.drawn = 0
         self.shortfall = 0
         self._active, self._held = self._weigh(unique)
         self.streamed = sum(shard.streamed for shard in self._active) + len(self._held)
@@ -176,8 +176,8 @@ class SampledShards(Iterator[SampleLocation]):
         rng = random.Random(f"{self._seed}:draws")
         wanted = self._n + self._spare
         cumulative = list(itertools.accumulate(shard.weight for shard in self._active))
-        share = wanted / cumulative[-1]
-        while self.found < wanted:
+        per_byte = wanted / cumulative[-1]
+        while self.drawn < wanted:
             if not self._active:
                 self._active = self._held[:STREAMED_AT_ONCE]
                 del self._held[:STREAMED_AT_ONCE]
@@ -185,14 +185,14 @@ class SampledShards(Iterator[SampleLocation]):
             if not self._active:
                 break
             shard = rng.choices(self._active, cum_weights=cumulative)[0]
-            sample = self._take(shard, math.ceil(2 * share * shard.weight) + 16)
+            sample = self._take(shard, math.ceil(2 * per_byte * shard.weight) + 16)
             if sample is None:
                 self._active.remove(shard)
                 cumulative = list(itertools.accumulate(shard.weight for shard in self._active))
                 continue
-            self.found += 1
+            self.drawn += 1
             yield sample
-        self.shortfall = max(self._n - self.found, 0)
+        self.shortfall = max(self._n - self.drawn, 0)
 
     def _take(self, shard: _Shard, expected: int) -> SampleLocation | None:
         """The shard's next sample; walks it first, or again where more is drawn than was kept."""

@@ -69,9 +69,9 @@ class _Counted(io.RawIOBase):
     A command is read without a buffer of its own, so that `select` knows whether bytes are there.
     """
 
-    def __init__(self, source: Any, counts: ScanCounts) -> None:
-        self._pipe: Any = source if isinstance(source, Pipe) else None
-        self._stream = source.stream.raw if self._pipe is not None else source
+    def __init__(self, source: Pipe | BinaryIO, counts: ScanCounts) -> None:
+        self._pipe: Pipe | None = source if isinstance(source, Pipe) else None
+        self._stream = self._pipe.stream.raw if self._pipe is not None else source
         self._counts = counts
 
     def readable(self) -> bool:
@@ -88,12 +88,12 @@ class _Counted(io.RawIOBase):
         return len(data)
 
 
-def _ready(stream: Any) -> bool:
+def _ready(stream: BinaryIO) -> bool:
     """Whether there is something to read, the end included, before the time is over."""
     return bool(select.select([stream], [], [], STALL_SECONDS)[0])
 
 
-def _check_end(pipe: Any) -> None:
+def _check_end(pipe: Pipe) -> None:
     """Raise `OSError` where a command at the end of its output failed, or does not end."""
     try:
         pipe.proc.wait(STALL_SECONDS)
@@ -103,7 +103,7 @@ def _check_end(pipe: Any) -> None:
     pipe.check_status()
 
 
-def _close(source: Any) -> None:
+def _close(source: Pipe | BinaryIO) -> None:
     """Close a source; a command that still runs, as after an error or a signal, is ended."""
     if isinstance(source, Pipe) and source.proc.poll() is None:
         source.proc.kill()

@@ -87,8 +87,8 @@ def write_files(directory: Path, variant: str = "plain") -> None:
 
 
 def _refuse_strangers(folder: Path, expected: set[str]) -> None:
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if strangers := sorted(found - expected):
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if strangers := sorted(present - expected):
         raise OutputError(
             f"{folder} holds {len(strangers)} files that are not the demo's, {strangers[0]} among "
             "them; choose another directory or remove them."

@@ -9,11 +9,11 @@ documentation).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ArtifactError
 from qwt_fx.evaluate.metrics import normalized
@@ -71,11 +71,11 @@ class ClassifierQuantizer:
             weights = module.fake_quantize(weights)
         return x @ weights.T
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain values for the artifact. Raises `ArtifactError` for a non-integer zero point."""
         if self.input is not None and not self.input.spec.storable:
             raise ArtifactError("the classifier's zero point is not an integer (compat='original')")
-        entry: dict[str, Any] = {"input": None, "weight_bits": self.weight and self.weight.bits}
+        entry: JsonObject = {"input": None, "weight_bits": self.weight and self.weight.bits}
         if self.input is not None:
             scale, zero_point = self.input.scale, self.input.zero_point
             assert scale is not None and zero_point is not None  # observed in the constructor
@@ -87,7 +87,7 @@ class ClassifierQuantizer:
         return entry
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ClassifierQuantizer:
+    def from_dict(cls, values: JsonObject) -> ClassifierQuantizer:
         """Rebuild from `to_dict`'s values. Raises `ArtifactError` when they are malformed."""
         try:
             module = None

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.errors import ConfigError
 from qwt_fx.evaluate.retrieval import RECALLS
@@ -21,7 +21,7 @@ _METRICS = {ZERO_SHOT: ("acc1", "acc5", "mean_per_class_recall"), RETRIEVAL: REC
 FIELDS = ("dataset", "model", "pretrained", "task", "language")
 
 
-def documents(report: Mapping[str, Any], datasets: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def documents(report: JsonObject, datasets: Mapping[str, str]) -> Iterator[JsonObject]:
     """One object for each model and task that a report.json has figures of.
 
     `datasets` names the data of each task.
@@ -41,7 +41,7 @@ def documents(report: Mapping[str, Any], datasets: Mapping[str, str]) -> Iterato
             }
 
 
-def pretrained_name(report: Mapping[str, Any], *, quantized: bool) -> str:
+def pretrained_name(report: JsonObject, *, quantized: bool) -> str:
     """The weights' tag or file name; of a quantized model with bits, recipe and towers."""
     name = Path(report["pretrained"] or "").name
     if not quantized:
@@ -53,7 +53,7 @@ def pretrained_name(report: Mapping[str, Any], *, quantized: bool) -> str:
     return "-".join([name, "qwt-fx", *parts]).lstrip("-")
 
 
-def write_documents(template: str, report: Mapping[str, Any], datasets: Mapping[str, str]) -> None:
+def write_documents(template: str, report: JsonObject, datasets: Mapping[str, str]) -> None:
     """Write each of `documents` to its own file.
 
     Args:
@@ -65,16 +65,16 @@ def write_documents(template: str, report: Mapping[str, Any], datasets: Mapping[
         ConfigError: an unknown name in braces, or two objects for one file.
         OutputError: a file cannot be written.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_path: dict[str, JsonObject] = {}
     for document in documents(report, datasets):
         path = _filled(template, document)
-        if path in found:
+        if path in by_path:
             raise ConfigError(
                 f"--clip-benchmark-json {template}: several results would be written to {path}; "
                 "put {task} and {pretrained} into the name"
             )
-        found[path] = document
-    for path, document in found.items():
+        by_path[path] = document
+    for path, document in by_path.items():
         write_text_atomic(Path(path), json.dumps(document, allow_nan=False) + "\n")
 
 
@@ -83,7 +83,7 @@ def check_template(template: str) -> None:
     _filled(template, dict.fromkeys(FIELDS, ""))
 
 
-def _filled(template: str, document: Mapping[str, Any]) -> str:
+def _filled(template: str, document: JsonObject) -> str:
     try:
         return template.format(**{name: document[name].replace("/", "_") for name in FIELDS})
     except (KeyError, IndexError, ValueError, AttributeError) as error:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.batches.device_memory import embed
 from qwt_fx.batches.precision import to_device
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.checkpoint.feature_store import Series
+from qwt_fx.data.data import Progress
 from qwt_fx.data.imagefolder import ImageFolderData
 from qwt_fx.errors import DataError
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer, class_weights
@@ -28,8 +29,6 @@ from qwt_fx.evaluate.metrics import (
 )
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.text.text_length import trim
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class ZeroShot:
         """Top-5 accuracy, a fraction."""
         return float(self.correct5.double().mean())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The figures of report.json."""
         n = len(self.correct1)
         low, high = wilson_interval(int(self.correct1.sum()), n)
@@ -189,7 +188,7 @@ def compare(
     reference_outcome: ZeroShot,
     quantized_outcome: ZeroShot,
     towers: Iterable[str],
-) -> dict[str, Any]:
+) -> JsonObject:
     """Agreement of top-1 predictions, the paired test, embedding SQNR in dB of quantized towers."""
     worse, better, p = mcnemar(reference_outcome.correct1, quantized_outcome.correct1)
     drop = paired_drop_interval(worse, better, len(reference_outcome.correct1))

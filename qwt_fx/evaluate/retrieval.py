@@ -55,8 +55,8 @@ def retrieval_recalls(
     images = torch.arange(len(image))
     by_text = recall_at(text, image, owner, images, ks, held)
     by_image = recall_at(image, text, images, owner, ks, held)
-    found = {f"{IMAGE_RETRIEVAL}@{k}": value for k, value in by_text.items()}
-    return found | {f"{TEXT_RETRIEVAL}@{k}": value for k, value in by_image.items()}
+    recalls = {f"{IMAGE_RETRIEVAL}@{k}": value for k, value in by_text.items()}
+    return recalls | {f"{TEXT_RETRIEVAL}@{k}": value for k, value in by_image.items()}
 
 
 def check_owners(images: int, text: Tensor, owner: Tensor) -> None:

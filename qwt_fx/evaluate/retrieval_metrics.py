@@ -18,18 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.batches.device_memory import embed
 from qwt_fx.batches.precision import to_device
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.checkpoint.feature_store import Series
+from qwt_fx.data.data import Progress
 from qwt_fx.data.retrieval_data import RetrievalBatch, RetrievalReader
 from qwt_fx.errors import DataError
-from qwt_fx.evaluate.evaluate import Progress, embedding_sqnr, finite_features, text_features
+from qwt_fx.evaluate.evaluate import embedding_sqnr, finite_features, text_features
 from qwt_fx.evaluate.retrieval import (
     CROSS_RECALLS,
     CROSS_SIDES,
@@ -110,14 +111,14 @@ def pair_features(
 
     def embedded() -> Iterator[list[tuple[dict[str, Tensor], int, list[str]]]]:
         for batch in reader.batches(ranks.rank, ranks.world):
-            found = _embed(batch, models, device) if len(batch.images) else {}
-            yield [(found, batch.tried, batch.messages)]
+            features = _embed(batch, models, device) if len(batch.images) else {}
+            yield [(features, batch.tried, batch.messages)]
 
     with torch.no_grad():
-        for found, tried, messages in ranks.in_order(embedded()):
+        for features, tried, messages in ranks.in_order(embedded()):
             reader.count(tried, messages)
-            if found:
-                kept.append(found | {"read": torch.tensor([[reader.tried, reader.skipped]])})
+            if features:
+                kept.append(features | {"read": torch.tensor([[reader.tried, reader.skipped]])})
             if progress is not None:
                 progress(kept.rows, -1)
     if not ranks.first:
@@ -144,7 +145,7 @@ def _embed(
     device: torch.device | str,
 ) -> dict[str, Tensor]:
     done: dict[int, Tensor] = {}
-    found = {"captions": batch.captions, "identities": batch.identities}
+    features = {"captions": batch.captions, "identities": batch.identities}
     for name, towers in models.items():
         image, text = towers["image"], towers["text"]
         if id(image) not in done:
@@ -154,8 +155,11 @@ def _embed(
         if id(text) not in done:
             done[id(text)] = text_features(text, batch.tokens, device=device)
         # A copy: files do not hold one tensor under two names.
-        found |= {f"{name}.image": done[id(image)].clone(), f"{name}.text": done[id(text)].clone()}
-    return found
+        features |= {
+            f"{name}.image": done[id(image)].clone(),
+            f"{name}.text": done[id(text)].clone(),
+        }
+    return features
 
 
 def _first_equal(identities: Tensor) -> Tensor:
@@ -166,32 +170,32 @@ def _first_equal(identities: Tensor) -> Tensor:
     return first[group]
 
 
-def retrieval_metrics(features: PairFeatures, towers: Sequence[str]) -> dict[str, Any]:
+def retrieval_metrics(features: PairFeatures, towers: Sequence[str]) -> JsonObject:
     """The retrieval part of the `metrics` entry of report.json.
 
     `towers` are the quantized ones. SQNR is in dB, recalls are fractions.
     """
-    found: dict[str, Any] = {
+    metrics: JsonObject = {
         name: retrieval_recalls(features.image[name], features.text[name], features.owner)
         for name in features.image
     }
-    found["retrieval"] = features.counts()
+    metrics["retrieval"] = features.counts()
     if {FP32, QUANTIZED} <= set(features.image):
         pairs = {
             tower: (by_model[FP32], by_model[QUANTIZED])
             for tower, by_model in (("image", features.image), ("text", features.text))
         }
-        found[QUANTIZED]["embedding_sqnr_db"] = embedding_sqnr(pairs, towers)
-        found["cross_precision"] = {
+        metrics[QUANTIZED]["embedding_sqnr_db"] = embedding_sqnr(pairs, towers)
+        metrics["cross_precision"] = {
             side: _cross(features, *_MODELS[side], towers) for side in CROSS_SIDES
         }
-    return found
+    return metrics
 
 
 def _cross(
     features: PairFeatures, queries: str, gallery: str, towers: Sequence[str]
 ) -> dict[str, float | None]:
-    found: dict[str, float | None] = dict.fromkeys(CROSS_RECALLS)
+    recalls: dict[str, float | None] = dict.fromkeys(CROSS_RECALLS)
     texts, owner = features.text, features.owner
     images = torch.arange(len(features.image[FP32]))
     # Image retrieval has texts for queries and images in the gallery, text retrieval the reverse.
@@ -200,15 +204,15 @@ def _cross(
     )
     if in_image_retrieval in towers:
         by_text = recall_at(texts[queries], features.image[gallery], owner, images)
-        found |= {f"{IMAGE_RETRIEVAL}@{k}": value for k, value in by_text.items()}
+        recalls |= {f"{IMAGE_RETRIEVAL}@{k}": value for k, value in by_text.items()}
     if in_text_retrieval in towers:
         by_image = recall_at(features.image[queries], texts[gallery], images, owner)
-        found |= {f"{TEXT_RETRIEVAL}@{k}": value for k, value in by_image.items()}
+        recalls |= {f"{TEXT_RETRIEVAL}@{k}": value for k, value in by_image.items()}
     if "image" in towers:
         by_self = recall_at(features.image[queries], features.image[gallery], images, images, (1,))
-        found["image_self_recall@1"] = by_self[1]
+        recalls["image_self_recall@1"] = by_self[1]
     if "text" in towers:
         rows = features.distinct
         by_self = recall_at(texts[queries][rows], texts[gallery][rows], rows, rows, (1,))
-        found["text_self_recall@1"] = by_self[1]
-    return found
+        recalls["text_self_recall@1"] = by_self[1]
+    return recalls

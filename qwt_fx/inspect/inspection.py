@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.inspect.report import layer_rows
@@ -24,7 +25,7 @@ def scale_changes(gm: GraphModule) -> dict[str, float]:
 
     The larger of input and weight; layers whose scales are as recorded, or unrecorded, are left out.
     """
-    found = {}
+    factors = {}
     for layer in weight_layers(gm):
         recorded = graph_info(gm).layers.get(layer_name(layer), {}).get("scales") or {}
         now = mean_scales(gm, layer)
@@ -35,8 +36,8 @@ def scale_changes(gm: GraphModule) -> dict[str, float]:
         ]
         factor = max((max(r, 1.0 / r) for r in ratios), default=1.0)
         if factor > CHANGED:
-            found[layer_name(layer)] = factor
-    return found
+            factors[layer_name(layer)] = factor
+    return factors
 
 
 def own_errors(
@@ -48,14 +49,14 @@ def own_errors(
     changed since counts. Where data show more than that, what they show.
     """
     changes = scale_changes(gm)
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for name, record in graph_info(gm).layers.items():
         if record.get("sqnr_db") is not None:
-            found[name] = 10.0 ** (-record["sqnr_db"] / 10.0) * changes.get(name, 1.0) ** 2
+            errors[name] = 10.0 ** (-record["sqnr_db"] / 10.0) * changes.get(name, 1.0) ** 2
     for name, seen in (statistics or {}).items():
         if seen.error is not None:
-            found[name] = max(found.get(name, 0.0), seen.error)
-    return found
+            errors[name] = max(errors.get(name, 0.0), seen.error)
+    return errors
 
 
 def inspect_rows(
@@ -65,7 +66,7 @@ def inspect_rows(
     kernels: Sequence[LayerKernel] | None = None,
     statistics: Mapping[str, LayerStatistics] | None = None,
     contributed: Mapping[str, float] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """One row per layer: those whose scales were changed first, then by the error contributed.
 
     Beside the keys of report.json's `layers`: `input` and `weight`, (scale, zero point) as floats,
@@ -96,7 +97,7 @@ def inspect_rows(
             }
         )
 
-    def order(row: dict[str, Any]) -> tuple[bool, float]:
+    def order(row: JsonObject) -> tuple[bool, float]:
         weight = row["contributed"]
         if weight is None:
             weight = errors.get(row["name"], -1.0)
@@ -105,7 +106,7 @@ def inspect_rows(
     return sorted(rows, key=order, reverse=True)
 
 
-def _means(entry: tuple[Any, Any] | None) -> tuple[float, float] | None:
+def _means(entry: tuple[Tensor, Tensor] | None) -> tuple[float, float] | None:
     if entry is None:
         return None
     scale, zero_point = entry

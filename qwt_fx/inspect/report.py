@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.settings import settings_of
 from qwt_fx.evaluate.retrieval import CROSS_RECALLS, CROSS_SIDES, RECALLS, RETRIEVAL_COUNTS
@@ -21,6 +22,13 @@ from qwt_fx.quant.quantizers import operand_bits
 from qwt_fx.version import __version__
 
 SCHEMA = 1
+SETTINGS = (
+    "model", "pretrained", "recipe", "compat", "towers", "w_bits", "a_bits", "compensation",
+    "attention", "seed",
+)  # fmt: skip
+CALIBRATION = (
+    "samples", "batches", "skipped_samples", "shards", "shards_touched", "bytes_read",
+)  # fmt: skip
 PHASES = ("capture", "calibrate", "reparameterize", "compensate", "evaluate", "total")
 
 
@@ -32,7 +40,7 @@ def peak_rss_bytes() -> int:
 
 def layer_rows(
     gm: GraphModule, tower: str, kernels: Sequence[LayerKernel] | None = None
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """One row per linear, convolution, matmul and attention: quantized how, or why not.
 
     `kernels`: the audit of the graph as a backend lowered it; `None` when none did, and then
@@ -64,21 +72,21 @@ def layer_rows(
     return rows
 
 
-def block_rows(gm: GraphModule, tower: str) -> list[dict[str, Any]]:
+def block_rows(gm: GraphModule, tower: str) -> list[JsonObject]:
     """One row per transformer block; what its compensation stores, and its MACs per token."""
     info = graph_info(gm)
     rows = []
     for block in info.blocks:
-        found = info.compensations.get(block.name, {})
+        compensation = info.compensations.get(block.name, {})
         rows.append(
             {
                 "name": block.name,
                 "tower": tower,
-                "r2": found.get("r2"),
-                "r2_held_out": found.get("r2_held_out"),
-                "applied": bool(found.get("applied", False)),
-                "parameters": int(found.get("parameters", 0)),
-                "macs": int(found.get("macs", 0)),
+                "r2": compensation.get("r2"),
+                "r2_held_out": compensation.get("r2_held_out"),
+                "applied": bool(compensation.get("applied", False)),
+                "parameters": int(compensation.get("parameters", 0)),
+                "macs": int(compensation.get("macs", 0)),
             }
         )
     return rows
@@ -93,30 +101,14 @@ def skip_rows(gm: GraphModule) -> list[dict[str, str]]:
     ]
 
 
-def empty_report() -> dict[str, Any]:
+def empty_report() -> JsonObject:
     """Every key, nothing measured."""
     return {
         "schema": SCHEMA,
         "qwt_fx": __version__,
         "torch": torch.__version__,
-        "model": None,
-        "pretrained": None,
-        "recipe": None,
-        "compat": None,
-        "towers": None,
-        "w_bits": None,
-        "a_bits": None,
-        "compensation": None,
-        "attention": None,
-        "seed": None,
-        "calibration": {
-            "samples": None,
-            "batches": None,
-            "skipped_samples": None,
-            "shards": None,
-            "shards_touched": None,
-            "bytes_read": None,
-        },
+        **dict.fromkeys(SETTINGS),
+        "calibration": dict.fromkeys(CALIBRATION),
         "metrics": {
             "fp32": _accuracies(),
             "quantized": _accuracies()
@@ -140,7 +132,7 @@ def empty_report() -> dict[str, Any]:
     }
 
 
-def _accuracies() -> dict[str, Any]:
+def _accuracies() -> JsonObject:
     """What is measured of each model alone."""
     keys = ("acc1", "acc1_ci", "acc5", "mean_per_class_recall", "n", *RECALLS)
     return dict.fromkeys(keys)
@@ -151,7 +143,7 @@ def build_report(
     config: QuantConfig | None = None,
     kernels: Mapping[str, Sequence[LayerKernel]] | None = None,
     **known: Any,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The report of some quantized towers, by name; `known` fills or replaces top-level keys.
 
     `kernels`: by tower, what computes each layer as a backend lowered it.
@@ -174,7 +166,7 @@ def build_report(
     return report
 
 
-def _merge(report: dict[str, Any], key: str, value: Any) -> None:
+def _merge(report: JsonObject, key: str, value: Any) -> None:
     if isinstance(value, Mapping) and isinstance(report.get(key), dict):
         for inner, item in value.items():
             _merge(report[key], inner, item)
@@ -182,6 +174,6 @@ def _merge(report: dict[str, Any], key: str, value: Any) -> None:
         report[key] = value
 
 
-def to_json(report: Mapping[str, Any]) -> str:
+def to_json(report: JsonObject) -> str:
     """The report as JSON text; numbers that JSON cannot say are refused by a ValueError."""
     return json.dumps(report, indent=1, allow_nan=False) + "\n"

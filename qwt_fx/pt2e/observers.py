@@ -70,8 +70,8 @@ class RangeObserver(_Base):  # type: ignore[misc]
             scale, zero_point = qparams_from_range(self.low, self.high, self.spec)
         else:
             one = torch.ones(1, dtype=torch.float64)
-            found = search_range(gather_mass(self.histogram.entries(), one), self.spec)
-            scale, zero_point = found.scale, found.zero_point
+            limits = search_range(gather_mass(self.histogram.entries(), one), self.spec)
+            scale, zero_point = limits.scale, limits.zero_point
         return scale, zero_point.to(torch.int64)
 
 

@@ -120,7 +120,7 @@ def test_every_sample_once_and_the_shortfall_when_fewer_exist(tmp_path: Path) ->
     drawn = sample_locations(shards, 100, seed=3)
     found = [sample.key for sample in drawn]
     assert len(found) == len(set(found)) == sum(sizes)
-    assert (drawn.shortfall, drawn.found, drawn.shards_touched) == (57, 43, 3)
+    assert (drawn.shortfall, drawn.drawn, drawn.shards_touched) == (57, 43, 3)
 
 
 def test_a_shard_that_runs_out_gives_its_share_to_the_others(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.measure.layer_statistics import Histogram
 
 # Series of the blocks' chart, in order.
@@ -36,18 +36,18 @@ class TowerData:
     Attributes:
         name: "image", "text", or "model".
         rows: see `qwt_fx.inspect.inspection.inspect_rows`.
-        blocks: see `qwt_fx.report.block_rows`.
+        blocks: see `qwt_fx.inspect.report.block_rows`.
         stages: stage -> block -> SQNR in dB; `None` when it was not measured.
         values: histograms of the layers' inputs; `None` when they were not measured.
         weights: how often each level is used.
         ranges: of layers behind norms; `None` when they were not measured.
-        skips: see `qwt_fx.report.skip_rows`.
+        skips: see `qwt_fx.inspect.report.skip_rows`.
         latency: runtime -> median seconds of one sample; `None` when it was not measured.
     """
 
     name: str
-    rows: list[dict[str, Any]]
-    blocks: list[dict[str, Any]]
+    rows: list[JsonObject]
+    blocks: list[JsonObject]
     stages: dict[str, dict[str, float | None]] | None = None
     values: dict[str, Histogram] | None = None
     weights: dict[str, Histogram] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class PageData:
     subtitle: str
     towers: list[TowerData]
     size: dict[str, float]
-    config: dict[str, Any]
+    config: JsonObject
     command: str | None
     samples: int
     machine: str

@@ -16,35 +16,29 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def render(page: PageData) -> str:
     """The page as HTML text, UTF-8 when written."""
-    found: list[tuple[str, str, str]] = []  # id, heading, content
+    parts: list[tuple[str, str, str]] = []  # id, heading, content
     for tower in page.towers:
         name, title = _id(tower.name), tower.name.capitalize()
-        content = sections.layers(page, tower) + sections.skips(tower)
-        found.append((f"layers-{name}", f"{title} tower: layers", content))
-        found.append((f"blocks-{name}", f"{title} tower: blocks", sections.blocks(page, tower)))
-        found.append(
+        for key, heading, content in (
+            ("layers", "layers", sections.layers(page, tower) + sections.skips(tower)),
+            ("blocks", "blocks", sections.blocks(page, tower)),
             (
-                f"ranges-{name}",
-                f"{title} tower: channel ranges before and after reparameterization",
+                "ranges",
+                "channel ranges before and after reparameterization",
                 sections.channel_ranges(page, tower),
-            )
-        )
-        found.append(
-            (
-                f"histograms-{name}",
-                f"{title} tower: values, weights and their levels",
-                sections.histograms(page, tower),
-            )
-        )
-    found.append(("size", "Size and latency", sections.size_and_latency(page)))
-    found.append(("reproduce", "Configuration and command", sections.reproduce(page)))
+            ),
+            ("histograms", "values, weights and their levels", sections.histograms(page, tower)),
+        ):
+            parts.append((f"{key}-{name}", f"{title} tower: {heading}", content))
+    parts.append(("size", "Size and latency", sections.size_and_latency(page)))
+    parts.append(("reproduce", "Configuration and command", sections.reproduce(page)))
     links = "".join(
         f'<a href="#{key}">{escape(title.partition(" before")[0].replace(" tower", ""))}</a>'
-        for key, title, _ in found
+        for key, title, _ in parts
     )
     body = "".join(
         f'<section id="{key}"><h2>{escape(title)}</h2>{content}</section>'
-        for key, title, content in found
+        for key, title, content in parts
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

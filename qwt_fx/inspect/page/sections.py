@@ -46,21 +46,23 @@ def grid(cards: Sequence[str]) -> str:
 
 def facts(page: PageData) -> str:
     """The figures to see first."""
-    found = []
+    boxes = []
     for tower in page.towers:
         known = [r["sqnr_db"] for r in tower.rows if r["sqnr_db"] is not None]
         quantized = sum(r["w_bits"] is not None for r in tower.rows)
-        found.append((f"{tower.name}: layers quantized", f"{quantized} of {len(tower.rows)}"))
+        boxes.append((f"{tower.name}: layers quantized", f"{quantized} of {len(tower.rows)}"))
         if known:
             value = f"{statistics.median(known):.1f} dB"
-            found.append((f"{tower.name}: median SQNR of a layer", value))
+            boxes.append((f"{tower.name}: median SQNR of a layer", value))
     small, large = page.size.get("quantized"), page.size.get("FP32")
     if small and large:
-        found.append(("size", f"{small / 1e6:.2f} MB, 1/{large / small:.1f} of FP32"))
-    found.append(("calibration pairs measured on", str(page.samples or "none")))
-    boxes = [f'<div class="fact"><span class="soft">{escape(k)}</span><b>{escape(v)}</b></div>'
-             for k, v in found]  # fmt: skip
-    return f'<div class="facts">{"".join(boxes)}</div>'
+        boxes.append(("size", f"{small / 1e6:.2f} MB, 1/{large / small:.1f} of FP32"))
+    boxes.append(("calibration pairs measured on", str(page.samples or "none")))
+    facts = (
+        f'<div class="fact"><span class="soft">{escape(k)}</span><b>{escape(v)}</b></div>'
+        for k, v in boxes
+    )
+    return f'<div class="facts">{"".join(facts)}</div>'
 
 
 def layers(page: PageData, tower: TowerData) -> str:
@@ -131,7 +133,7 @@ def channel_ranges(page: PageData, tower: TowerData) -> str:
 def _range_cards(one: ChannelRanges) -> list[str]:
     widths = [b - a for a, b in zip(one.before_low, one.before_high, strict=True)]
     order = sorted(range(len(widths)), key=lambda i: -widths[i])
-    found = []
+    cards = []
     for title, kind, low, high in (
         ("before", "s1", one.before_low, one.before_high),
         ("after", "s0", one.after_low, one.after_high),
@@ -144,8 +146,8 @@ def _range_cards(one: ChannelRanges) -> list[str]:
             "value",
             kind,
         )
-        found.append(card(f"{one.layer}: {title}", chart, {kind: "least to largest value"}))
-    return found
+        cards.append(card(f"{one.layer}: {title}", chart, {kind: "least to largest value"}))
+    return cards
 
 
 def histograms(page: PageData, tower: TowerData) -> str:

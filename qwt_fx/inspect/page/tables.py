@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.inspect.page.svg import number
 
 SHOWN = 20  # rows before the rest folds away
@@ -41,7 +41,7 @@ LAYER_HEADERS = (
 )  # fmt: skip
 
 
-def layer_cells(row: dict[str, Any]) -> list[str]:
+def layer_cells(row: JsonObject) -> list[str]:
     """One row of `inspect_rows` as the cells of `LAYER_HEADERS`."""
     note = row["reason"] or ""
     if row["scale_change"] is not None:
@@ -59,7 +59,7 @@ def layer_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def bits(row: dict[str, Any]) -> str:
+def bits(row: JsonObject) -> str:
     """`w4a8`; "-" for a side in floating point, alone when both are."""
     w, a = row["w_bits"], row["a_bits"]
     return "-" if w is None and a is None else f"w{w or '-'}a{a or '-'}"
@@ -69,7 +69,7 @@ def _pair(value: tuple[float, float] | None) -> str:
     return "-" if value is None else f"{number(value[0])}, {number(round(value[1], 1))}"
 
 
-def layers_table(rows: Sequence[dict[str, Any]]) -> str:
+def layers_table(rows: Sequence[JsonObject]) -> str:
     """The layers that hurt most, the others folded."""
     cells = [layer_cells(row) for row in rows]
     text = frozenset({0, 1, 7, 8})
