@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch.fx import GraphModule
 
 from qwt_fx.clip import clip
-from qwt_fx.clip.clip import ClipModel
-from qwt_fx.commands.quantize.pipeline import TOWERS, Evaluation, capture_towers, quantize_towers
+from qwt_fx.clip.clip import TOWERS, ClipModel
+from qwt_fx.commands.classification import Evaluation
+from qwt_fx.commands.quantize.pipeline import capture_towers, quantize_towers
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.classes import resolve
@@ -84,8 +85,7 @@ def open_demo(work: Path, variant: str, images: int, *, second: bool = False) ->
     model = clip.load(str(files / "model.json"), str(files / "model.safetensors"))
     folder = open_validation(rendered, model.transform, 256, 0)
     prompts = resolve(folder.classes, files / "classnames.txt", files / "templates.txt")
-    words = [word for k in range(len(prompts.names)) for word in prompts.prompts(k)]
-    evaluation = Evaluation(list(folder), prompts, model.tokenizer(words), model.device)
+    evaluation = Evaluation(list(folder), prompts, model.tokenizer(prompts.sentences), model.device)
     graphs = capture_towers(model, {})
     return Demo(model, graphs, evaluation, evaluation.features(graphs, SCREEN, "FP32"), files)
 

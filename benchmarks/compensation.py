@@ -26,7 +26,8 @@ from qwt_fx import api
 from qwt_fx.artifact.graph_document import parse_document
 from qwt_fx.artifact.graph_json import graph_to_json
 from qwt_fx.artifact.graph_tensors import file_tensors
-from qwt_fx.commands.quantize.pipeline import TOWERS, QuantizedClip
+from qwt_fx.clip.clip import TOWERS
+from qwt_fx.commands.quantize.pipeline import QuantizedClip
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.settings import settings_of
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER

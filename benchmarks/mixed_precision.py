@@ -32,7 +32,8 @@ from common import (
 from tabulate import tabulate
 
 from qwt_fx.cli import main as qwt_fx_main
-from qwt_fx.commands.quantize.pipeline import TOWERS, quantize_towers
+from qwt_fx.clip.clip import TOWERS
+from qwt_fx.commands.quantize.pipeline import quantize_towers
 from qwt_fx.commands.quantize.quantize import save_clip
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.evaluate.evaluate import ZeroShot

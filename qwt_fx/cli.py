@@ -50,7 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwt-fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (demo, quantize, evaluate, export, bench, inspect, sensitivity):
-        module.add_parser(commands)
+        command = commands.add_parser(
+            module.NAME, help=module.HELP, description=module.__doc__, epilog=module.EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, parser=command)
     return parser
 
 

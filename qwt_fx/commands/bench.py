@@ -5,29 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qwt_fx.artifact.artifact import read_artifact
+from qwt_fx.artifact.artifact import Artifact, read_artifact
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.backends.runtimes import INTEGER, Prepared, Source, runtime_for
 from qwt_fx.clip import clip
-from qwt_fx.clip.clip import ClipModel
+from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.arguments import add_common, add_model, positive
-from qwt_fx.commands.quantize.pipeline import TOWERS
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.errors import ConfigError
 from qwt_fx.inspect.report import SCHEMA, peak_rss_bytes
 from qwt_fx.measure.floating import floating_graph
-from qwt_fx.measure.kernel_audit import LayerKernel, refuse_if_float
+from qwt_fx.measure.kernel_audit import refuse_if_float
 from qwt_fx.measure.machine import memory_of, processor
-from qwt_fx.measure.timing import Latency, interleaved
+from qwt_fx.measure.timing import interleaved
 from qwt_fx.version import __version__
 
 DEFAULT_RUNTIMES = "fp32-eager,fp32-compile,eager,x86"
 YARDSTICK = "fp32-compile"  # what speedups are against
 WARM_UP = 3
+NAME, HELP = "bench", "latency and kernels of an artifact in several runtimes"
 EXAMPLE = """\
 example:
   qwt-fx bench --artifact vit-b-32-w8a8 --runtime fp32-compile,x86 --batch-sizes 1,16 --threads 2
@@ -41,15 +41,8 @@ HEADERS = (
 )  # fmt: skip
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program."""
-    parser = commands.add_parser(
-        "bench",
-        help="latency and kernels of an artifact in several runtimes",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to its parser."""
     parser.add_argument("--artifact", metavar="DIR", required=True, help="what quantize wrote")
     add_model(parser)
     parser.add_argument(
@@ -62,7 +55,6 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--report", metavar="FILE", help="write the figures here, as JSON")
     add_common(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def _sizes(text: str) -> list[int]:
@@ -77,10 +69,11 @@ def run(args: argparse.Namespace) -> None:
     if args.device not in ("auto", "cpu"):
         raise ConfigError(f"--device: got {args.device!r}; runtimes choose theirs, leave it out")
     screen = Screen(args.quiet)
-    model = clip.from_artifact(read_artifact(Path(args.artifact)))
+    artifact = read_artifact(Path(args.artifact))
+    model = clip.from_artifact(artifact)
     floating = None if args.model is None else clip.load(args.model, args.pretrained)
     towers = TOWERS if args.tower == "both" else (args.tower,)
-    prepared = {tower: _prepare(tower, names, model, floating) for tower in towers}
+    prepared = {tower: _prepare(tower, names, artifact, model, floating) for tower in towers}
     for name in (n for n in names if n in INTEGER):
         kernels = [k for tower in towers for k in prepared[tower][name].kernels]
         refuse_if_float(kernels, f"runtime {name}")
@@ -95,12 +88,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prepare(
-    tower: str, names: list[str], model: ClipModel, floating: ClipModel | None
+    tower: str,
+    names: list[str],
+    artifact: Artifact,
+    model: ClipModel,
+    floating: ClipModel | None,
 ) -> dict[str, Prepared]:
-    quantized: Any = getattr(model, tower)
-    yardstick = floating_graph(quantized) if floating is None else getattr(floating, tower)
-    example = model.image_example() if tower == "image" else model.text_example()
-    source = Source(tower, quantized, yardstick, example)
+    quantized = artifact.towers[tower]
+    yardstick = floating_graph(quantized) if floating is None else floating.towers[tower]
+    source = Source(tower, quantized, yardstick, model.example(tower))
     return {name: runtime_for(name)(source) for name in names}
 
 
@@ -111,9 +107,9 @@ def _measure(
     prepared: dict[str, Prepared],
     rounds: int,
     screen: Screen,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """One row a runtime, at one batch size."""
-    example = model.image_example(batch) if tower == "image" else model.text_example(batch)
+    example = model.example(tower, batch)
     with screen.phase(f"{tower}, batch {batch}: compile") as update:
         for done, one in enumerate(prepared.values()):
             one.run(example)
@@ -126,7 +122,10 @@ def _measure(
             "tower": tower,
             "batch": batch,
             "runtime": name,
-            **_figures(latency, batch, yardstick),
+            "median_seconds": latency.median,
+            "p90_seconds": latency.p90,
+            "samples_per_second": batch / latency.median,
+            "speedup": None if yardstick is None else yardstick.median / latency.median,
             "run_bytes": memory_of(calls[name]),
             "weight_bytes": prepared[name].weight_bytes,
         }
@@ -134,21 +133,12 @@ def _measure(
     ]
 
 
-def _figures(latency: Latency, batch: int, yardstick: Latency | None) -> dict[str, float | None]:
-    return {
-        "median_seconds": latency.median,
-        "p90_seconds": latency.p90,
-        "samples_per_second": batch / latency.median,
-        "speedup": None if yardstick is None else yardstick.median / latency.median,
-    }
-
-
 def _report(
     args: argparse.Namespace,
     names: list[str],
     prepared: dict[str, dict[str, Prepared]],
-    runs: list[dict[str, Any]],
-) -> dict[str, Any]:
+    runs: list[JsonObject],
+) -> JsonObject:
     return {
         "schema": SCHEMA,
         "qwt_fx": __version__,
@@ -162,7 +152,14 @@ def _report(
         "speedup_against": YARDSTICK if YARDSTICK in names else None,
         "runs": runs,
         "layers": [
-            {"tower": tower, "runtime": name, **_layer(kernel)}
+            {
+                "tower": tower,
+                "runtime": name,
+                "name": kernel.name,
+                "integer_kernel": kernel.integer,
+                "kernel": kernel.kernel,
+                "reason": kernel.reason,
+            }
             for tower, runtimes in prepared.items()
             for name, one in runtimes.items()
             for kernel in one.kernels
@@ -171,16 +168,7 @@ def _report(
     }
 
 
-def _layer(kernel: LayerKernel) -> dict[str, Any]:
-    return {
-        "name": kernel.name,
-        "integer_kernel": kernel.integer,
-        "kernel": kernel.kernel,
-        "reason": kernel.reason,
-    }
-
-
-def _show(screen: Screen, report: dict[str, Any]) -> None:
+def _show(screen: Screen, report: JsonObject) -> None:
     counts: dict[tuple[str, str], list[bool]] = {}
     reasons: dict[tuple[str, str], list[str]] = {}
     for layer in report["layers"]:

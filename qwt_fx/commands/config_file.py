@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import tomllib
 from pathlib import Path
-from typing import Any
 
 from qwt_fx.errors import ConfigError
 
@@ -39,17 +38,20 @@ def config_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     return words
 
 
-def _text(value: Any) -> str:
+def plain_text(value: object) -> str:
+    """A setting as a flag's value."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _words(path: Path, key: str, value: Any, option: str, action: argparse.Action) -> list[str]:
+def _words(path: Path, key: str, value: object, option: str, action: argparse.Action) -> list[str]:
     if key in ("override", "remedy"):
         if not isinstance(value, dict):
             wanted = "glob -> 'w8a8'" if key == "override" else "name -> value"
             raise ConfigError(f"--config {path}: {key}: wanted a table {wanted}")
         return [
-            word for name, entry in value.items() for word in (option, f"{name}={_text(entry)}")
+            word
+            for name, entry in value.items()
+            for word in (option, f"{name}={plain_text(entry)}")
         ]
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):

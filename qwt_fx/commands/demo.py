@@ -8,21 +8,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch.fx import GraphModule
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, natural
-from qwt_fx.commands.quantize.pipeline import (
-    Evaluation,
-    QuantizedClip,
-    capture_towers,
-    metrics_of,
-    quantize_towers,
-)
+from qwt_fx.commands.classification import Evaluation, metrics_of
+from qwt_fx.commands.quantize.pipeline import QuantizedClip, capture_towers, quantize_towers
 from qwt_fx.commands.quantize.quantize import calibration_entry, fp32_bytes, save_clip
 from qwt_fx.commands.screen import Screen, decibels, megabytes, percent
 from qwt_fx.config.config import QuantConfig
@@ -33,6 +28,7 @@ from qwt_fx.demo.assets import VARIANTS, write_files
 from qwt_fx.evaluate.evaluate import Features
 from qwt_fx.inspect.report import build_report, to_json
 
+NAME, HELP = "demo", "quantize the shipped CLIP every way; needs no data and no network"
 EXAMPLE = """\
 example:
   qwt-fx demo
@@ -57,15 +53,8 @@ HEADERS = (
 )  # fmt: skip
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program."""
-    parser = commands.add_parser(
-        "demo",
-        help="quantize the shipped CLIP every way; needs no data and no network",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to its parser."""
     parser.add_argument(
         "--variant",
         choices=VARIANTS,
@@ -77,7 +66,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--files", metavar="DIR", help="only write the demo's files there")
     parser.add_argument("--seed", type=natural, default=1, help="of the calibration draw")
     add_common(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -117,8 +105,7 @@ def _open(args: argparse.Namespace, files: Path, screen: Screen) -> _Demo:
         )
     folder = open_validation(files / "val", model.transform, BATCH, 0)
     prompts = resolve(folder.classes, files / "classnames.txt", files / "templates.txt")
-    words = [word for k in range(len(prompts.names)) for word in prompts.prompts(k)]
-    evaluation = Evaluation(list(folder), prompts, model.tokenizer(words), model.device)
+    evaluation = Evaluation(list(folder), prompts, model.tokenizer(prompts.sentences), model.device)
     graphs = capture_towers(model, {})
     reference = evaluation.features(graphs, screen, "FP32")
     size = fp32_bytes(model, "image") + fp32_bytes(model, "text")
@@ -154,7 +141,7 @@ def _report(
     towers: tuple[str, ...],
     elapsed: float,
     screen: Screen,
-) -> dict[str, Any]:
+) -> JsonObject:
     """One row's report; an image-only model is the image tower of the same quantization."""
     chosen = {
         tower: both.towers[tower] if tower in towers else demo.graphs[tower]
@@ -179,7 +166,7 @@ def _report(
     )
 
 
-def _row(title: str, setting: str, bits: int, report: dict[str, Any]) -> list[str]:
+def _row(title: str, setting: str, bits: int, report: JsonObject) -> list[str]:
     quantized, size = report["metrics"]["quantized"], report["size"]
     sqnr = quantized["embedding_sqnr_db"]
     return [

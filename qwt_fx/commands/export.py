@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from qwt_fx import api
 from qwt_fx.artifact.artifact import read_artifact
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.artifact.output import PREPROCESS, OutputDirectory, write_text_atomic
 from qwt_fx.backends.exports import PACKS, SUFFIXES, check_format
 from qwt_fx.backends.onnx.layout import int8_changes_weights
 from qwt_fx.backends.onnx.onnx_runtime import audit
 from qwt_fx.clip import clip
-from qwt_fx.clip.clip import ClipModel
+from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.arguments import add_calibration, add_common, add_model
 from qwt_fx.commands.inputs import load_batches, load_model
-from qwt_fx.commands.quantize.pipeline import TOWERS
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.commands.verify import Pairs, noise_batches, verify
 from qwt_fx.errors import ConfigError, MissingExtraError
 from qwt_fx.version import __version__
 
 TOKENIZER = "tokenizer.txt"
+NAME, HELP = "export", "write ONNX, pt2 or AOTInductor files"
 EXAMPLE = """\
 example:
   qwt-fx export --artifact vit-b-32-w8a8 --format onnx --output vit-b-32-onnx \\
@@ -35,15 +35,8 @@ artifact holds no FP32 model: it is compared, too, when --model is given.
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program."""
-    parser = commands.add_parser(
-        "export",
-        help="write ONNX, pt2 or AOTInductor files",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to its parser."""
     parser.add_argument("--artifact", metavar="DIR", required=True, help="what quantize wrote")
     parser.add_argument("--format", choices=tuple(SUFFIXES), required=True)
     parser.add_argument("--tower", choices=(*TOWERS, "both"), default="both")
@@ -60,7 +53,6 @@ def add_parser(commands: Any) -> None:
     add_model(parser)
     add_calibration(parser)
     add_common(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,7 +67,15 @@ def run(args: argparse.Namespace) -> None:
     with OutputDirectory(Path(args.output), force=args.force) as output:
         for tower in towers:
             with screen.phase(f"{tower} tower: export"):
-                _export(model, tower, args, output.path)
+                api.export(
+                    artifact.towers[tower],
+                    output.path / f"{tower}{SUFFIXES[args.format]}",
+                    model.example(tower, 2),
+                    format=args.format,
+                    pack=args.pack,
+                    input_names=(tower,),
+                    output_names=(f"{tower}_features",),
+                )
         files = sorted(path.name for path in output.path.iterdir() if not path.name.startswith("."))
         document = preprocess_document(model) | {
             "classifier": artifact.extra.get("classifier"), "files": [*files, TOKENIZER]
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         [_row(folder, tower, args.format, screen) for tower in towers],
         ("tower", "file", "MB", "integer layers"),
     )
-    graphs = [getattr(model, tower) for tower in towers]
+    graphs = [artifact.towers[tower] for tower in towers]
     if args.format == "onnx" and args.pack == "auto" and any(map(int8_changes_weights, graphs)):
         screen.note(
             "8-bit weights are uint8, exact on every CPU; --pack int8 is faster in ONNX Runtime "
@@ -95,20 +95,6 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.verify:
         _verify(args, model, towers, folder, screen)
-
-
-def _export(model: ClipModel, tower: str, args: argparse.Namespace, folder: Path) -> None:
-    example = model.image_example(2) if tower == "image" else model.text_example(2)
-    graph: Any = getattr(model, tower)
-    api.export(
-        graph,
-        folder / f"{tower}{SUFFIXES[args.format]}",
-        example,
-        format=args.format,
-        pack=args.pack,
-        input_names=(tower,),
-        output_names=(f"{tower}_features",),
-    )
 
 
 def _row(folder: Path, tower: str, format: str, screen: Screen) -> list[str]:
@@ -126,7 +112,7 @@ def _row(folder: Path, tower: str, format: str, screen: Screen) -> list[str]:
     return [tower, name, megabytes(size), integer]
 
 
-def preprocess_document(model: ClipModel) -> dict[str, Any]:
+def preprocess_document(model: ClipModel) -> JsonObject:
     """Everything an image goes through before `image`, and what embeddings are multiplied by."""
     height, width = model.image_size
     known = model.preprocess

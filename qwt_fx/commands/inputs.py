@@ -15,7 +15,7 @@ from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import samples_of
-from qwt_fx.commands.quantize.pipeline import Evaluation
+from qwt_fx.commands.classification import Evaluation
 from qwt_fx.commands.retrieval import Retrieval
 from qwt_fx.commands.screen import Screen
 from qwt_fx.data.classes import ClassPrompts, resolve
@@ -33,10 +33,10 @@ def device_of(args: argparse.Namespace) -> str:
     if ranks.launched() and name.startswith("cuda"):
         return _own_gpu(name)
     try:
-        device = torch.device(name)
+        device: torch.device | None = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device: got {name!r}, wanted auto, cpu or cuda[:N]") from None
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device: got {name!r}, wanted auto, cpu or cuda[:N]")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are here")
@@ -76,7 +76,7 @@ def deal_batches(
     prompts: ClassPrompts | None,
     store: ValueStore | None = None,
 ) -> tuple[DistributedBatches, CalibrationData | None]:
-    """As `load_batches`, read by the first rank: this rank's share, and there all that was read."""
+    """As `load_batches`, read by the first rank: this rank's batches, and there all that was read."""
     among = ranks.current()
     data = None
     if among.first:
@@ -144,8 +144,7 @@ def open_evaluation(
     )
     for note in prompts.notes:
         screen.note(note)
-    words = [word for k in range(len(prompts.names)) for word in prompts.prompts(k)]
-    tokens = model.tokenizer(words)
+    tokens = model.tokenizer(prompts.sentences)
     return Evaluation(folder, prompts, tokens, model.device, store, ranks.current())
 
 

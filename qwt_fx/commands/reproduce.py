@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
-from typing import Any
+
+from qwt_fx.artifact.json_values import JsonObject
+from qwt_fx.commands.config_file import plain_text
 
 # Of the settings: what no flag says.
 _NOT_FLAGS = frozenset({"qwt_fx", "torch", "data", "artifact", "html", "no_stages", "graph_order"})
 
 
-def command_line(settings: Mapping[str, Any] | None, output: str = "DIR") -> str | None:
+def command_line(settings: JsonObject | None, output: str = "DIR") -> str | None:
     """`qwt-fx quantize ...` with a flag a line; `None` without settings.
 
     settings: the `run.settings` of report.json: flags by their long names, unset ones `None` or false.
@@ -25,15 +26,11 @@ def command_line(settings: Mapping[str, Any] | None, output: str = "DIR") -> str
     return " \\\n    ".join(words)
 
 
-def _words(flag: str, value: Any) -> list[str]:
+def _words(flag: str, value: object) -> list[str]:
     if value is None or value is False or value == []:
         return []
     if value is True:
         return [flag]
     if isinstance(value, list):  # pairs: GLOB=w8a8, NAME=VALUE
-        return [f"{flag} {shlex.quote(f'{key}={_text(entry)}')}" for key, entry in value]
-    return [f"{flag} {shlex.quote(_text(value))}"]
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return [f"{flag} {shlex.quote(f'{key}={plain_text(entry)}')}" for key, entry in value]
+    return [f"{flag} {shlex.quote(plain_text(value))}"]

@@ -1,15 +1,20 @@
-"""What `quantize` and `eval` do with a report: keep an earlier one, show it, pass it on."""
+"""What `quantize` and `eval` do with a report: keep an earlier one or make it, show it, pass it on."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from qwt_fx.commands.quantize.run_identity import existing_report
+from qwt_fx.artifact.json_values import JsonObject
+from qwt_fx.artifact.output import REPORT, OutputDirectory, write_text_atomic
+from qwt_fx.batches import ranks
+from qwt_fx.commands.quantize.partial_run import PartialRun
+from qwt_fx.commands.quantize.run_identity import existing_report, run_identity
 from qwt_fx.commands.screen import ACCURACY_HEADERS, Screen, accuracy_rows
 from qwt_fx.errors import ConfigError
 from qwt_fx.evaluate.clip_benchmark import RETRIEVAL, ZERO_SHOT, check_template, write_documents
+from qwt_fx.inspect.report import to_json
 
 
 def require_data(args: argparse.Namespace) -> None:
@@ -30,9 +35,47 @@ def require_target(args: argparse.Namespace, target: str | None, flag: str) -> N
             raise ConfigError(f"--{name.replace('_', '-')} needs {flag}")
 
 
+def with_report(
+    args: argparse.Namespace,
+    kept: Callable[[JsonObject, Screen], JsonObject | None],
+    make: Callable[[JsonObject, Screen], JsonObject],
+) -> JsonObject | None:
+    """The report of this run, shown: an earlier one where `kept` returns it, else what `make` returns.
+
+    Both get the run's identity. On all ranks but the first, `make` does that rank's part, and the
+    result is `None`. Raises `ConfigError` for `--resume` in a run of several processes.
+    """
+    among = ranks.current()
+    if args.resume and among.world > 1:
+        raise ConfigError("--resume: goes on in one process only; start without torchrun")
+    screen = Screen(args.quiet, muted=not among.first)
+    identity = run_identity(args)
+    report: JsonObject | None = among.from_first(lambda: kept(identity, screen))
+    if report is None:
+        report = make(identity, screen)
+    if not among.first:
+        return None
+    if args.clip_benchmark_json is not None:
+        write_documents(args.clip_benchmark_json, report, _datasets(args))
+    screen.table(accuracy_rows(report), ACCURACY_HEADERS)
+    return report
+
+
+def in_output_directory(
+    args: argparse.Namespace, identity: JsonObject, make: Callable[[PartialRun, Path], JsonObject]
+) -> JsonObject:
+    """The report of `make`, called with the working folder of `--output`, which then holds it, too."""
+    with OutputDirectory(Path(args.output), force=args.force, resume=args.resume) as output:
+        partial = PartialRun(output.path, identity, resume=args.resume)
+        with partial:
+            report = make(partial, output.path)
+            write_text_atomic(output.path / REPORT, to_json(report))
+    return report
+
+
 def kept_report(
-    args: argparse.Namespace, path: Path | None, identity: dict[str, Any], screen: Screen
-) -> dict[str, Any] | None:
+    args: argparse.Namespace, path: Path | None, identity: JsonObject, screen: Screen
+) -> JsonObject | None:
     """With `--skip-existing`: the report at `path` when it is of this very run; said aloud."""
     if not args.skip_existing or path is None or not path.exists():
         return None
@@ -42,13 +85,6 @@ def kept_report(
     else:
         screen.note(f"--skip-existing: {path} is of the same settings and data: kept")
     return report
-
-
-def finish(args: argparse.Namespace, report: dict[str, Any], screen: Screen) -> None:
-    """Show the table; write the files of `--clip-benchmark-json`."""
-    if args.clip_benchmark_json is not None:
-        write_documents(args.clip_benchmark_json, report, _datasets(args))
-    screen.table(accuracy_rows(report), ACCURACY_HEADERS)
 
 
 def _datasets(args: argparse.Namespace) -> dict[str, str]:

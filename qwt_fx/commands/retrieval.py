@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.commands.screen import Screen
@@ -30,7 +30,7 @@ class Retrieval:
         models: Mapping[str, Mapping[str, nn.Module]],
         towers: Sequence[str],
         screen: Screen,
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Embed the pairs by every model ("fp32", "quantized"); see `retrieval_metrics`.
 
         Empty but on the first rank.
@@ -51,13 +51,13 @@ class Retrieval:
         return retrieval_metrics(features, towers)
 
 
-def with_retrieval(metrics: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+def with_retrieval(metrics: JsonObject, retrieval: JsonObject) -> JsonObject:
     """The `metrics` entry of a report with the retrieval part added.
 
     The embeddings' SQNR stays that of the classification set where there is one.
     """
-    merged = {**found, **metrics}
+    merged = {**retrieval, **metrics}
     for side in (FP32, QUANTIZED):
-        if side in found:
-            merged[side] = found[side] | metrics.get(side, {})
+        if side in retrieval:
+            merged[side] = retrieval[side] | metrics.get(side, {})
     return merged

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NoReturn
 
 from tabulate import tabulate
 from tqdm import tqdm
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.evaluate.retrieval import RECALLS
 
 
@@ -32,7 +33,7 @@ class Screen:
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[int, int], None]]:
         """A bar for one phase; yields update(done, total), total < 0 when it is not known."""
-        bar: Any = tqdm(desc=name, disable=not self.bars, file=sys.stderr, leave=True)
+        bar: tqdm[NoReturn] = tqdm(desc=name, disable=not self.bars, file=sys.stderr, leave=True)
 
         def update(done: int, total: int) -> None:
             if total >= 0:
@@ -42,7 +43,7 @@ class Screen:
         with bar:
             yield update
 
-    def table(self, rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> None:
+    def table(self, rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
         """A table on stdout."""
         sys.stdout.write(tabulate(rows, headers=headers, disable_numparse=True) + "\n")
         sys.stdout.flush()
@@ -76,7 +77,7 @@ def decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def accuracy_rows(report: Mapping[str, Any]) -> list[list[str]]:
+def accuracy_rows(report: JsonObject) -> list[list[str]]:
     """Rows FP32 | quantized | delta of a report: accuracies, agreement, SQNR, size, seconds."""
     fp32, quantized = report["metrics"]["fp32"], report["metrics"]["quantized"]
     shown = ["acc1", "acc5", "mean_per_class_recall"]
@@ -113,7 +114,7 @@ def _row(title: str, fp32: float | None, quantized: float | None) -> list[str]:
     return [title, percent(fp32), percent(quantized), points(fp32, quantized)]
 
 
-def _cross_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+def _cross_rows(metrics: JsonObject) -> list[list[str]]:
     """Recall at 1 with one model for the queries and the other for the gallery."""
     titles = {
         "quantized_queries": "quantized queries, FP32 gallery",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwt_fx.backends.exports import runner_of
-from qwt_fx.clip.clip import ClipModel
+from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.screen import Screen, decibels, percent
 from qwt_fx.errors import CheckFailed
 from qwt_fx.evaluate.metrics import agreement, normalized
@@ -18,9 +17,9 @@ from qwt_fx.measure.measure import sqnr_db
 
 MIN_SQNR_DB = 40.0
 MIN_AGREEMENT = 0.995
-_TOWERS = ("image", "text")
 Pairs = Sequence[tuple[Tensor, Tensor]]
-Features = dict[str, Tensor]
+Towers = Mapping[str, Callable[[Tensor], Tensor]]
+Embeddings = dict[str, Tensor]
 
 
 def noise_batches(model: ClipModel, samples: int = 32) -> list[tuple[Tensor, Tensor]]:
@@ -48,15 +47,14 @@ def verify(
 
     A tower that was not exported takes part with the artifact's own features.
     """
-    eager = {tower: getattr(model, tower) for tower in _TOWERS}
-    exported = eager | {t: runner_of(path, format, threads) for t, path in files.items()}
-    features = {
-        "eager": _features(eager, batches, screen, "eager"),
-        "exported": _features(exported, batches, screen, "exported"),
+    sides: dict[str, Towers] = {
+        "eager": model.towers,
+        "exported": model.towers
+        | {t: runner_of(path, format, threads) for t, path in files.items()},
     }
     if floating is not None:
-        towers = {tower: getattr(floating, tower) for tower in _TOWERS}
-        features["FP32"] = _features(towers, batches, screen, "FP32")
+        sides["FP32"] = floating.towers
+    features = {name: _features(towers, batches, screen, name) for name, towers in sides.items()}
     pairs = [("eager", "exported")]
     if floating is not None:
         pairs += [("FP32", "eager"), ("FP32", "exported")]
@@ -80,17 +78,17 @@ def verify(
         raise CheckFailed(f"--verify: exported against eager: {'; '.join(failures)}")
 
 
-def _features(towers: Mapping[str, Any], batches: Pairs, screen: Screen, name: str) -> Features:
-    found: dict[str, list[Tensor]] = {tower: [] for tower in _TOWERS}
+def _features(towers: Towers, batches: Pairs, screen: Screen, name: str) -> Embeddings:
+    parts: dict[str, list[Tensor]] = {tower: [] for tower in TOWERS}
     with screen.phase(f"verify: {name}") as update, torch.no_grad():
         for done, batch in enumerate(batches):
-            for tower, inputs in zip(_TOWERS, batch, strict=True):
-                found[tower].append(towers[tower](inputs).detach().float())
+            for tower, inputs in zip(TOWERS, batch, strict=True):
+                parts[tower].append(towers[tower](inputs).detach().float())
             update(done + 1, len(batches))
-    return {tower: torch.cat(parts) for tower, parts in found.items()}
+    return {tower: torch.cat(chunks) for tower, chunks in parts.items()}
 
 
-def _top1(features: Features) -> Tensor:
+def _top1(features: Embeddings) -> Tensor:
     """The text nearest to each image, among those of all pairs."""
     image, text = normalized(features["image"]), normalized(features["text"])
     return (image @ text.T).argmax(dim=1)

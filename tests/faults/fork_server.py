@@ -26,7 +26,7 @@ import qwt_fx.commands.quantize.quantize
 from qwt_fx import api, cli
 from qwt_fx.calibrate.block_compensation import BlockCompensation
 from qwt_fx.checkpoint.journal import StoredJournal
-from qwt_fx.commands.quantize.pipeline import Evaluation
+from qwt_fx.commands.classification import Evaluation
 from qwt_fx.commands.quantize.tower_checkpoints import StoredTowerCheckpoint
 
 LIMIT = 300.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.artifact.output import write_text_atomic
 from qwt_fx.commands.arguments import (
     add_calibration,
@@ -20,6 +20,7 @@ from qwt_fx.inspect.page.data import STAGES, PageData, TowerData
 from qwt_fx.inspect.page.document import render
 from qwt_fx.inspect.page.tables import LAYER_HEADERS, layer_cells
 
+NAME, HELP = "inspect", "list blocks, layers and skips, the worst layer first"
 EXAMPLE = """\
 examples:
   qwt-fx inspect --artifact vit-b-32-w6a6
@@ -32,15 +33,8 @@ _WRAPPED = (
 )  # fmt: skip
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program."""
-    parser = commands.add_parser(
-        "inspect",
-        help="list blocks, layers and skips, the worst layer first",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to its parser."""
     parser.add_argument("--artifact", metavar="DIR", help="what quantize wrote")
     add_model(parser)
     add_calibration(parser)
@@ -56,7 +50,6 @@ def add_parser(commands: Any) -> None:
         "--graph-order", action="store_true", help="layers in the order they run, not by error"
     )
     add_common(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -75,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         _tell(screen, args.html, page)
 
 
-def _rows(subject: Subject, tower: TowerData, graph_order: bool) -> list[dict[str, Any]]:
+def _rows(subject: Subject, tower: TowerData, graph_order: bool) -> list[JsonObject]:
     if not graph_order:
         return tower.rows
     place = {name: i for i, name in enumerate(subject.order(tower.name))}
@@ -89,7 +82,7 @@ def _tell(screen: Screen, path: str, page: PageData) -> None:
     )
 
 
-def _show(screen: Screen, tower: TowerData, rows: list[dict[str, Any]]) -> None:
+def _show(screen: Screen, tower: TowerData, rows: list[JsonObject]) -> None:
     headers = (f"{tower.name} {_WRAPPED[0]}", *_WRAPPED[1:])
     assert len(headers) == len(LAYER_HEADERS)  # one table, two places
     screen.table([layer_cells(row) for row in rows], headers)

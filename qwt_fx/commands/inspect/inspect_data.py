@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +15,14 @@ from torch.fx import GraphModule
 
 from qwt_fx import api
 from qwt_fx.artifact.artifact import read_artifact
+from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.artifact.output import REPORT
 from qwt_fx.clip import clip
-from qwt_fx.clip.clip import ClipModel
+from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.arguments import quant_config, towers_of
 from qwt_fx.commands.inputs import load_batches, load_model
 from qwt_fx.commands.inspect.inspect_measure import kernels_of, latency_of, moved_ranges
-from qwt_fx.commands.quantize.pipeline import (
-    TOWERS,
-    capture_towers,
-    config_of_tower,
-    quantize_towers,
-)
+from qwt_fx.commands.quantize.pipeline import capture_towers, config_of_tower, quantize_towers
 from qwt_fx.commands.quantize.quantize import save_clip
 from qwt_fx.commands.quantize.run_identity import run_identity
 from qwt_fx.commands.reproduce import command_line
@@ -72,7 +67,7 @@ class Subject:
     batches: Sequence[tuple[Tensor, Tensor]]
     config: QuantConfig
     folder: Path | None
-    settings: dict[str, Any] | None = None
+    settings: JsonObject | None = None
     size: dict[str, float] = field(default_factory=dict)
 
     def order(self, tower: str) -> list[str]:
@@ -130,16 +125,16 @@ def _of_artifact(args: argparse.Namespace, screen: Screen) -> Subject:
     )
 
 
-def _report(folder: Path) -> dict[str, Any] | None:
+def _report(folder: Path) -> JsonObject | None:
     """The artifact's report; `None` where there is none that can be read."""
     try:
-        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return report if isinstance(report, dict) else None
 
 
-def _size(known: dict[str, Any]) -> dict[str, float]:
+def _size(known: JsonObject) -> dict[str, float]:
     """Bytes of the quantized towers, of report.json's `size`; empty where they are not known."""
     if known.get("quantized_bytes") is None:
         return {}
@@ -242,12 +237,12 @@ def _stages(
         STAGES[1]: plain if compensated else None,
         STAGES[2]: None if compensated else plain.replace(compensation="qwt"),
     }
-    found = {}
+    sqnr = {}
     for stage, config in configs.items():
         graph = final
         if config is not None:
             own = config_of_tower(config, subject.floating, name)
             with screen.phase(f"{name} tower: {stage}"):
                 graph = api.convert(api.calibrate(api.prepare(floating, own), inputs))
-        found[stage] = block_sqnr(floating, graph, inputs[:1])
-    return found
+        sqnr[stage] = block_sqnr(floating, graph, inputs[:1])
+    return sqnr

@@ -35,7 +35,7 @@ def moved_ranges(
     after: dict[str, LayerStatistics],
 ) -> list[ChannelRanges]:
     """Of the layers behind norms, one a norm, whose input's channels were moved."""
-    found, seen = [], set()
+    moved, seen = [], set()
     for layer in weight_layers(floating):
         source = layer.args[0]
         assert isinstance(source, torch.fx.Node)
@@ -46,10 +46,10 @@ def moved_ranges(
         seen.add(norm)
         a, b = before[name], after[name]
         if len(a.channel_low) == len(b.channel_low) and a.channel_high != b.channel_high:
-            found.append(
+            moved.append(
                 ChannelRanges(name, a.channel_low, a.channel_high, b.channel_low, b.channel_high)
             )
-    return found
+    return moved
 
 
 def latency_of(
@@ -60,7 +60,7 @@ def latency_of(
     screen: Screen,
 ) -> dict[str, float]:
     """Median seconds of one sample, uncompiled, by runtime."""
-    example = model.image_example() if name == "image" else model.text_example()
+    example = model.example(name)
     graphs = {
         "FP32": floating_graph(gm) if floating is None else floating,
         "eager": api.lower(gm, "eager"),
@@ -71,5 +71,5 @@ def latency_of(
         screen.note(f"{name} tower: no latency of x86: {error}")
     with torch.no_grad(), screen.phase(f"{name} tower: latency"):
         calls = {key: (lambda graph=graph: graph(example)) for key, graph in graphs.items()}
-        found = interleaved(calls, ROUNDS, 2)
-    return {key: latency.median for key, latency in found.items()}
+        latencies = interleaved(calls, ROUNDS, 2)
+    return {key: latency.median for key, latency in latencies.items()}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch.fx import GraphModule
 
 from qwt_fx.artifact.artifact import read_artifact, write_artifact
-from qwt_fx.artifact.output import REPORT, OutputDirectory, write_text_atomic
+from qwt_fx.artifact.json_values import JsonObject
+from qwt_fx.artifact.output import REPORT
 from qwt_fx.batches import ranks
 from qwt_fx.batches.value_store import ValueStore
 from qwt_fx.checkpoint.feature_store import FeatureStore
@@ -26,27 +27,27 @@ from qwt_fx.commands.arguments import (
     size,
     towers_of,
 )
+from qwt_fx.commands.classification import metrics_of
 from qwt_fx.commands.inputs import deal_batches, load_model, open_evaluation, open_retrieval
 from qwt_fx.commands.quantize.partial_run import ACTIVATIONS, PartialRun
 from qwt_fx.commands.quantize.pipeline import (
     QuantizedClip,
     calibration_sqnr,
     capture_towers,
-    metrics_of,
     quantize_towers,
 )
-from qwt_fx.commands.quantize.run_identity import run_identity
 from qwt_fx.commands.quantize.tower_checkpoints import TowerCheckpoints
-from qwt_fx.commands.results import finish, kept_report
+from qwt_fx.commands.results import in_output_directory, kept_report, with_report
 from qwt_fx.commands.retrieval import with_retrieval
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.classes import ClassPrompts
 from qwt_fx.data.data import CalibrationData
 from qwt_fx.errors import CheckFailed, ConfigError
-from qwt_fx.inspect.report import build_report, to_json
+from qwt_fx.inspect.report import CALIBRATION, build_report
 from qwt_fx.quant.quantizers import compensation_bytes
 
+NAME, HELP = "quantize", "quantize a CLIP and evaluate it"
 EXAMPLE = """\
 example:
   qwt-fx quantize --model ViT-B-32 --pretrained openai \\
@@ -55,15 +56,8 @@ example:
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program."""
-    parser = commands.add_parser(
-        "quantize",
-        help="quantize a CLIP and evaluate it",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to its parser."""
     for add in (add_model, add_calibration, add_quant, add_eval):
         add(parser)
     parser.add_argument_group("memory").add_argument(
@@ -86,7 +80,6 @@ def add_parser(commands: Any) -> None:
         help="exit with code 3 when top-1 drops by more percentage points",
     )
     add_common(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,30 +93,22 @@ def run(args: argparse.Namespace) -> None:
     if args.max_drop is not None and args.imagenet_val is None:
         raise ConfigError("--max-drop needs --imagenet-val")
     config = quant_config(args)
-    among = ranks.current()
-    evaluate_command.refuse_resume(args, among)
-    screen = Screen(args.quiet, muted=not among.first)
-    identity = run_identity(args)
-    report = among.from_first(lambda: _kept(args, config, identity, screen))
-    if not among.first:
-        if report is None:
-            _quantize(args, config, towers, screen, None, None)
-        return
-    if report is None:
-        target = Path(args.output)
-        with OutputDirectory(target, force=args.force, resume=args.resume) as output:
-            partial = PartialRun(output.path, identity, resume=args.resume)
-            with partial:
-                report = _quantize(args, config, towers, screen, output.path, partial)
-                report["run"] = identity
-                write_text_atomic(output.path / REPORT, to_json(report))
-    finish(args, report, screen)
-    _check_drop(args.max_drop, report)
+
+    def make(identity: JsonObject, screen: Screen) -> JsonObject:
+        if not ranks.current().first:
+            return _quantize(args, config, towers, screen, identity)
+        return in_output_directory(
+            args, identity, partial(_quantize, args, config, towers, screen, identity)
+        )
+
+    report = with_report(args, partial(_kept, args, config), make)
+    if report is not None:
+        _check_drop(args.max_drop, report)
 
 
 def _kept(
-    args: argparse.Namespace, config: QuantConfig, identity: dict[str, Any], screen: Screen
-) -> dict[str, Any] | None:
+    args: argparse.Namespace, config: QuantConfig, identity: JsonObject, screen: Screen
+) -> JsonObject | None:
     """With `--skip-existing`: the report of this very run, its artifact being whole."""
     folder = Path(args.output)
     report = kept_report(args, folder / REPORT, identity, screen)
@@ -137,30 +122,31 @@ def _quantize(
     config: QuantConfig,
     towers: tuple[str, ...],
     screen: Screen,
-    folder: Path | None,
-    partial: PartialRun | None,
-) -> dict[str, Any]:
+    identity: JsonObject,
+    partial_run: PartialRun | None = None,
+    folder: Path | None = None,
+) -> JsonObject:
     """The report; without a folder, on all ranks but the first, an empty one."""
     begun = time.perf_counter()
     model = load_model(args)
-    store = FeatureStore() if partial is None else partial.store
+    store = FeatureStore() if partial_run is None else partial_run.store
     evaluation = open_evaluation(args, model, screen, store)
     retrieval = open_retrieval(args, model, store)
     seconds: dict[str, float] = {}
     graphs = capture_towers(model, seconds)
-    if partial is not None and partial.known is not None:
+    if partial_run is not None and partial_run.known is not None:
         screen.note("--resume: calibrated already; going on with the evaluation")
-        result, known = partial.load(towers, model.device), partial.known
+        result, known = partial_run.load(towers, model.device), partial_run.known
     else:
         prompts = None if evaluation is None else evaluation.prompts
-        checkpoints = TowerCheckpoints() if partial is None else partial.towers
+        checkpoints = TowerCheckpoints() if partial_run is None else partial_run.towers
         result, known = _calibrate(
             args, config, towers, screen, folder, model, graphs, prompts, checkpoints
         )
-        if partial is not None and config.compat != "original":  # which is not saved
-            partial.keep(known)
+        if partial_run is not None and config.compat != "original":  # which is not saved
+            partial_run.keep(known)
     started = time.perf_counter()
-    metrics: dict[str, Any] = {}
+    metrics: JsonObject = {}
     if evaluation is not None:
         reference = evaluation.features(graphs, screen, "FP32")
         quantized = evaluation.quantized(result, reference, screen)
@@ -187,6 +173,7 @@ def _quantize(
         size=known["size"],
         seconds=known["seconds"] | seconds,
         processes={"count": ranks.current().world, "wire_bytes": ranks.current().wire_bytes},
+        run=identity,
     )
 
 
@@ -200,7 +187,7 @@ def _calibrate(
     graphs: dict[str, GraphModule],
     prompts: ClassPrompts | None,
     checkpoints: TowerCheckpoints,
-) -> tuple[QuantizedClip, dict[str, Any]]:
+) -> tuple[QuantizedClip, JsonObject]:
     """The quantized towers, saved in `folder` if any, and the report's entries about their making."""
     # The original reads one batch more when it quantizes both towers.
     extra = 1 if config.compat == "original" and len(towers) == 2 else 0
@@ -208,11 +195,11 @@ def _calibrate(
     files = None if folder is None else folder / ACTIVATIONS
     with ValueStore(args.memory_budget, files) as store:
         kept = None if args.memory_budget is None else store
-        share, data = deal_batches(args, model, screen, extra, prompts, kept)
-        result = quantize_towers(model, graphs, share, config, towers, screen, checkpoints, store)
+        batches, data = deal_batches(args, model, screen, extra, prompts, kept)
+        result = quantize_towers(model, graphs, batches, config, towers, screen, checkpoints, store)
         sqnr = None
         if args.imagenet_val is None and args.retrieval_data is None:
-            sqnr = calibration_sqnr(graphs, result, share, model.device)
+            sqnr = calibration_sqnr(graphs, result, batches, model.device)
     if folder is None or data is None:
         return result, {}
     size = save_clip(folder, model, result, config, screen)
@@ -224,26 +211,19 @@ def _calibrate(
     }
 
 
-def calibration_entry(data: CalibrationData) -> dict[str, Any]:
+def calibration_entry(data: CalibrationData) -> JsonObject:
     """The `calibration` entry of report.json."""
-    return {
-        "samples": data.samples,
-        "batches": len(data.batches),
-        "skipped_samples": data.skipped_samples,
-        "shards": data.shards,
-        "shards_touched": data.shards_touched,
-        "bytes_read": data.bytes_read,
-    }
+    return {key: getattr(data, key) for key in CALIBRATION} | {"batches": len(data.batches)}
 
 
 def save_clip(
     folder: Path, model: ClipModel, result: QuantizedClip, config: QuantConfig, screen: Screen
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write the artifact into a folder and return the `size` entry of report.json.
 
     A model of `compat="original"` is not saved, and the reason is said aloud.
     """
-    size: dict[str, Any] = {
+    size: JsonObject = {
         "fp32_bytes": sum(fp32_bytes(model, tower) for tower in result.quantized),
         "quantized_bytes": None,
         "compensation_bytes": sum(
@@ -267,11 +247,10 @@ def save_clip(
 
 def fp32_bytes(model: ClipModel, tower: str) -> int:
     """Bytes of a tower's parameters and persistent buffers in float32."""
-    state = getattr(model, tower).state_dict()
-    return sum(value.numel() * 4 for value in state.values())
+    return sum(value.numel() * 4 for value in model.towers[tower].state_dict().values())
 
 
-def _check_drop(limit: float | None, report: dict[str, Any]) -> None:
+def _check_drop(limit: float | None, report: JsonObject) -> None:
     if limit is None:
         return
     metrics = report["metrics"]

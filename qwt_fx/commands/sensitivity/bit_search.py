@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from qwt_fx import api
 from qwt_fx.artifact.artifact import write_artifact
 from qwt_fx.artifact.json_values import Json
 from qwt_fx.checkpoint.resume_folder import ResumeFolder
-from qwt_fx.commands.quantize.pipeline import TOWERS, config_of_tower
+from qwt_fx.clip.clip import TOWERS
+from qwt_fx.commands.quantize.pipeline import config_of_tower
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import FLOAT_BITS, QuantConfig
 from qwt_fx.config.settings import settings_of
@@ -70,7 +70,7 @@ class SearchState:
         except (ValueError, KeyError, TypeError):
             raise OutputError(f"--resume: {path} is damaged; remove it to start anew") from None
 
-    def _kept(self, series: str) -> list[dict[str, Any]]:
+    def _kept(self, series: str) -> list[JsonObject]:
         assert self._folder is not None
         whole, rest = self._folder.records(series)
         if rest:
@@ -87,7 +87,7 @@ class SearchState:
         self._keep("trials", len(self.trials), asdict(trial))
         self.trials.append(trial)
 
-    def _keep(self, series: str, number: int, row: dict[str, Any]) -> None:
+    def _keep(self, series: str, number: int, row: JsonObject) -> None:
         if self._folder is not None:
             self._folder.write(number, json.dumps(row).encode(), series, ".json")
 
@@ -142,7 +142,7 @@ class BitSearch:
             )
             total = len(list(weight_layers(prepared))) * sum(len(w) for w in self.widths.values())
             with self.screen.phase(f"{tower} tower: measure layers") as update:
-                found = measure_bits(
+                measured = measure_bits(
                     prepared,
                     (self.statistics[TOWERS.index(tower)],),
                     self.widths,
@@ -150,7 +150,7 @@ class BitSearch:
                     judge=judges[tower],
                     known=known,
                 )
-                for done, loss in enumerate(found):
+                for done, loss in enumerate(measured):
                     if loss not in known:
                         self.state.add_loss(loss)
                     update(done + 1, total)
@@ -180,11 +180,13 @@ class BitSearch:
                 return trial
         exact = self._exact = self._exact or self._embed(self.judges, "FP32")
         quantized = dict(self.graphs) | self._quantized(choice)
-        found = self._embed(self.judges, "trial", quantized)
+        embeddings = self._embed(self.judges, "trial", quantized)
         nearest = NearestCaption(*exact, self.judges[1])
-        sqnr = {t: sqnr_db(exact[i], found[i]) for i, t in enumerate(TOWERS) if t in self.towers}
+        sqnr = {
+            t: sqnr_db(exact[i], embeddings[i]) for i, t in enumerate(TOWERS) if t in self.towers
+        }
         size = weight_bytes(self.state.losses, choice)
-        trial = Trial(bits, size, nearest.of_both(*found), sqnr)
+        trial = Trial(bits, size, nearest.of_both(*embeddings), sqnr)
         self.state.add_trial(trial)
         return trial
 
@@ -208,11 +210,11 @@ class BitSearch:
             overrides=config.overrides,
             embedding_bits=settings_of(config).embedding_bits,
         )
-        found = {}
+        calibrated = {}
         for tower in self.towers:
             prepared = api.prepare(self.graphs[tower], config_of_tower(plain, self.graphs, tower))
-            found[tower] = api.calibrate(prepared, [(self.statistics[TOWERS.index(tower)],)])
-        return found
+            calibrated[tower] = api.calibrate(prepared, [(self.statistics[TOWERS.index(tower)],)])
+        return calibrated
 
     def _embed(
         self, pairs: Pairs, name: str, towers: Mapping[str, GraphModule] | None = None

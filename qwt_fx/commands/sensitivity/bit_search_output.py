@@ -19,7 +19,7 @@ from qwt_fx.measure.mixed_precision import Choice, by_operand, narrowest, weight
 from qwt_fx.version import __version__
 
 
-def decibels(error: float) -> float | None:
+def sqnr_of(error: float) -> float | None:
     """SQNR in dB of a relative squared error; `None` where nothing is lost."""
     return None if error <= 0.0 else -10.0 * math.log10(error)
 
@@ -38,11 +38,11 @@ def show_losses(screen: Screen, losses: Sequence[BitLoss], choice: Choice | None
         for kind, bits in columns.items():
             known = {r.bits: r for r in operands.get((layers, kind), [])}
             for width in bits:
-                found = known.get(width)
-                value = None if found is None else decibels(found.error)
+                loss = known.get(width)
+                value = None if loss is None else sqnr_of(loss.error)
                 row.append("-" if value is None else f"{value:.1f}")
-                if found is not None and found.agreement is not None:
-                    worst = min(worst, found.agreement)
+                if loss is not None and loss.agreement is not None:
+                    worst = min(worst, loss.agreement)
         row.append(percent(worst))
         row.append("" if choice is None else _bits_of(layers, choice))
         rows.append(row)

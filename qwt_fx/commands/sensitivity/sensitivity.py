@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,6 +42,7 @@ from qwt_fx.measure.mixed_precision import (
 
 STATISTICS = 32
 JUDGES = 256
+NAME, HELP = "sensitivity", "measure each layer at each bit width; find the best bits"
 EXAMPLE = """\
 examples:
   qwt-fx sensitivity --model ViT-B-32 --pretrained openai \\
@@ -67,10 +67,10 @@ def size(text: str) -> tuple[float, bool]:
 
 def widths(text: str) -> list[int]:
     """`"4,6,8"` as bit widths in 2..8."""
-    found = [int(word) for word in text.split(",")]
-    if not all(2 <= width <= 8 for width in found):
+    values = [int(word) for word in text.split(",")]
+    if not all(2 <= width <= 8 for width in values):
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted widths in 2..8 such as 4,6,8")
-    return found
+    return values
 
 
 def points(text: str) -> float:
@@ -81,15 +81,8 @@ def points(text: str) -> float:
     return value
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the program."""
-    parser = commands.add_parser(
-        "sensitivity",
-        help="measure each layer at each bit width; find the best bits",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags to its parser."""
     for add in (add_model, add_calibration, add_quant):
         add(parser)
     group = parser.add_argument_group("search")
@@ -126,7 +119,6 @@ def add_parser(commands: Any) -> None:
         "--resume", action="store_true", help="go on with what FILE.toml.partial holds"
     )
     add_common(parser)
-    parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -169,12 +161,12 @@ def _check(args: argparse.Namespace, config: QuantConfig) -> None:
 
 def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitSearch:
     inputs = [width for width in args.candidates if width <= args.max_act_bits]
-    found = candidates(config, args.candidates, inputs)
-    if not inputs and found[WEIGHT]:
+    searched = candidates(config, args.candidates, inputs)
+    if not inputs and searched[WEIGHT]:
         raise ConfigError(
             f"--max-act-bits {args.max_act_bits}: no candidate of {args.candidates} is that narrow"
         )
-    if sum(len(w) > 1 for w in found.values()) == 0:
+    if sum(len(w) > 1 for w in searched.values()) == 0:
         raise ConfigError(f"--candidates {args.candidates}: there is nothing to choose from")
     path = None if args.output is None else Path(f"{args.output}.partial")
     settings = run_identity(args)["settings"]
@@ -194,7 +186,7 @@ def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitS
         capture_towers(model, {}),
         towers_of(args),
         config,
-        found,
+        searched,
         (images[:first], texts[:first]),
         (images[first:], texts[first:]),
         state,
