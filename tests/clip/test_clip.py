@@ -85,6 +85,10 @@ def test_what_a_loaded_model_says_of_itself(tmp_path: Path) -> None:
     tokens = loaded.text_example(9)
     assert (tokens.shape, tokens.dtype) == ((9, 12), torch.int64)
     assert tokens.amax(dim=1).tolist() == [12, 11, 10, 9, 8, 7, 6, 6, 6]
+    for name, tower in loaded.towers.items():
+        assert tower is {"image": loaded.image, "text": loaded.text}[name]
+    assert torch.equal(loaded.example("text", 9), tokens)
+    assert torch.equal(loaded.example("image"), loaded.image_example(1))
 
 
 @pytest.mark.parametrize("custom", [False, True])

@@ -57,6 +57,9 @@ def test_prompts_of_a_class_are_all_its_templates() -> None:
     prompts = ClassPrompts(("cat", "{0.x} %s"), ("a {}.", "{} or {}"))
     assert prompts.prompts(0) == ["a cat.", "cat or cat"]
     assert prompts.prompts(1) == ["a {0.x} %s.", "{0.x} %s or {0.x} %s"]
+    assert prompts.sentences == [
+        "a cat.", "cat or cat", "a {0.x} %s.", "{0.x} %s or {0.x} %s"
+    ]  # fmt: skip
 
 
 def test_names_and_templates_from_files(tmp_path: Path) -> None:
