@@ -16,6 +16,7 @@ from qwt_fx.graph.constants import constant_value
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.graph_source import recompile
 from qwt_fx.graph.nodes import ancestors, argument, get_attr, is_constant
+from qwt_fx.graph.runner import Env
 
 aten = torch.ops.aten
 
@@ -132,7 +133,7 @@ def _fold_constants(gm: GraphModule) -> None:
         if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)
     }
     constants = {n for n in constants if is_constant(n) and not _reads_parameters(gm, n)}
-    cache: dict[Node, Any] = {}
+    cache: Env = {}
     for node in list(gm.graph.nodes):
         if node not in constants or all(user in constants for user in node.users):
             continue

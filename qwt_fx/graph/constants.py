@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.graph.nodes import get_attr, is_constant
+from qwt_fx.graph.nodes import is_constant
+from qwt_fx.graph.runner import Env, Value, evaluate, nodes_between
 
 
-def constant_value(gm: GraphModule, node: Node, cache: dict[Node, Any] | None = None) -> Any:
-    """Value of a node that depends on no input; `cache` keeps values between calls."""
-    known = {} if cache is None else cache
-    if node not in known:
-        if node.op == "get_attr":
-            known[node] = get_attr(gm, str(node.target))
-        else:
-            args, kwargs = torch.fx.node.map_arg(
-                (node.args, node.kwargs), lambda n: constant_value(gm, n, known)
-            )
-            assert callable(node.target)  # only call_function nodes reach this line
-            known[node] = node.target(*args, **kwargs)
-    return known[node]
+def constant_value(gm: GraphModule, node: Node, cache: Env | None = None) -> Value:
+    """Value of a node that depends on no input; `cache` keeps all that was computed between calls."""
+    known: Env = {} if cache is None else cache
+    needed = nodes_between(gm, known, node)
+    return evaluate(gm, needed, known, keep={*known, *needed})[node]
 
 
 def constant_tensor(gm: GraphModule, node: object) -> Tensor | None:

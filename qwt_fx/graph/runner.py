@@ -1,25 +1,29 @@
-"""Runs a graph in steps over many batches, so that each block is computed once.
+"""Runs parts of a graph: one node, some nodes, the way to one value, a graph step by step.
 
-Between two steps only the values that later nodes still read are held: the activations at one
-block boundary, per batch.
+`evaluate` is the one evaluator. `BlockRunner` takes many batches through a graph in steps, so that
+each block is computed once: between two steps only the values that later nodes still read are held,
+the activations at one block boundary, per batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from qwt_fx.batches.batch import as_inputs
+from qwt_fx.batches.batch import Batch, as_inputs
 from qwt_fx.batches.value_store import Kept, ValueStore
 from qwt_fx.errors import DataError
 from qwt_fx.graph.nodes import get_attr
 
-Env = dict[Node, Any]
+Value: TypeAlias = Any
+"""What a node computes: a tensor, a size, a tuple of them. Only the node's operator tells which."""
+
+Env = dict[Node, Value]
 
 
 def placeholders(gm: GraphModule) -> list[Node]:
@@ -27,7 +31,7 @@ def placeholders(gm: GraphModule) -> list[Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
 
 
-def start(gm: GraphModule, batch: Any) -> Env:
+def start(gm: GraphModule, batch: Batch) -> Env:
     """The values of the placeholders for one batch."""
     nodes = placeholders(gm)
     flat = gm.graph.process_inputs(*as_inputs(batch))
@@ -39,15 +43,17 @@ def start(gm: GraphModule, batch: Any) -> Env:
     return dict(zip(nodes, flat, strict=True))
 
 
-def execute(gm: GraphModule, node: Node, env: Env) -> Any:
+def execute(gm: GraphModule, node: Node, env: Env) -> Value:
     """Value of one node; its arguments must be in `env`. Parameters are read where they are used."""
 
-    def value(n: Node) -> Any:
-        return env[n] if n in env else get_attr(gm, str(n.target))
+    def value(n: Node) -> Value:
+        return get_attr(gm, str(n.target)) if n.op == "get_attr" and n not in env else env[n]
 
     if node.op == "get_attr":
         return get_attr(gm, str(node.target))
     args = map_arg(node.args, value)
+    if node.op == "output":
+        return args[0]
     kwargs = map_arg(node.kwargs, value)
     if node.op == "call_function":
         assert callable(node.target)  # call_function nodes hold a callable
@@ -55,25 +61,83 @@ def execute(gm: GraphModule, node: Node, env: Env) -> Any:
     return get_attr(gm, str(node.target))(*args, **kwargs)
 
 
-class HeldValues(MutableMapping[Node, Any]):
+def steps(
+    gm: GraphModule, nodes: Iterable[Node], env: Env, keep: Container[Node] = ()
+) -> Iterator[Node]:
+    """Run nodes in order; yields each before it runs, with what it reads in `env`.
+
+    A value leaves `env` behind the last of the nodes that reads it, unless it is in `keep`.
+    """
+    nodes = list(nodes)
+    last_reader = {read: node for node in nodes for read in node.all_input_nodes}
+    for node in nodes:
+        yield node
+        env[node] = execute(gm, node, env)
+        for read in node.all_input_nodes:
+            if last_reader[read] is node and read not in keep:
+                env.pop(read, None)
+
+
+def evaluate(gm: GraphModule, nodes: Iterable[Node], env: Env, keep: Container[Node] = ()) -> Env:
+    """Run nodes as `steps` does; returns `env`, with what no node read and what is in `keep`."""
+    for _ in steps(gm, nodes, env, keep):
+        pass
+    return env
+
+
+def computed(gm: GraphModule) -> list[Node]:
+    """Every node that runs, in order: not the inputs, nor the parameters."""
+    return [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")]
+
+
+def nodes_between(gm: GraphModule, known: Container[Node], result: Node) -> list[Node]:
+    """What has to run, in order, for the value of `result` where some values are known."""
+    pending = [] if result in known else [result]
+    needed = set(pending)
+    while pending:
+        for read in pending.pop().all_input_nodes:
+            if (
+                read not in needed
+                and read not in known
+                and read.op not in ("placeholder", "get_attr")
+            ):
+                needed.add(read)
+                pending.append(read)
+    return [n for n in gm.graph.nodes if n in needed]
+
+
+def run_all(
+    gm: GraphModule, batch: Batch, visit: Callable[[Node, Env], None] | None = None
+) -> Value:
+    """Run the whole graph on one batch; `visit(node, env)` is called before each node runs."""
+    env = start(gm, batch)
+    nodes = computed(gm)
+    with torch.no_grad():
+        for node in steps(gm, nodes, env):
+            if visit is not None:
+                visit(node, env)
+    return env[nodes[-1]]  # a graph ends in its output
+
+
+class HeldValues(MutableMapping[Node, Value]):
     """The values of one batch that a runner holds, in its store, and the batch's inputs beside them.
 
     The inputs are read from the batch whenever they are asked for and are no part of the iteration.
     """
 
     def __init__(
-        self, gm: GraphModule, batches: Sequence[Any], index: int, store: ValueStore
+        self, gm: GraphModule, batches: Sequence[Batch], index: int, store: ValueStore
     ) -> None:
         self._gm, self._batches, self._index, self._store = gm, batches, index, store
         self._inputs = set(placeholders(gm))
         self._kept: dict[Node, Kept] = {}
 
-    def __getitem__(self, node: Node) -> Any:
+    def __getitem__(self, node: Node) -> Value:
         if node in self._inputs:
             return start(self._gm, self._batches[self._index])[node]
         return self._kept[node].load()
 
-    def __setitem__(self, node: Node, value: Any) -> None:
+    def __setitem__(self, node: Node, value: Value) -> None:
         if node in self._kept:
             self._kept.pop(node).drop()
         self._kept[node] = self._store.keep(value)
@@ -94,6 +158,22 @@ class HeldValues(MutableMapping[Node, Any]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+class _Loaded(dict[Node, Value]):
+    """Values during a step: what is held is loaded when it is first read, and goes with the rest."""
+
+    def __init__(self, shared: Env, held: HeldValues) -> None:
+        super().__init__(shared)
+        self._held = held
+
+    def __missing__(self, node: Node) -> Value:
+        value = self[node] = self._held[node]
+        return value
+
+    def pop(self, node: Node, default: Value = None) -> Value:
+        self._held.discard(node)
+        return super().pop(node, default)
 
 
 class EachBatch(Sequence[Tensor]):
@@ -120,7 +200,7 @@ class BlockRunner:
     """
 
     def __init__(
-        self, gm: GraphModule, batches: Sequence[Any], store: ValueStore | None = None
+        self, gm: GraphModule, batches: Sequence[Batch], store: ValueStore | None = None
     ) -> None:
         self.gm = gm
         store = store or ValueStore()
@@ -142,11 +222,34 @@ class BlockRunner:
         kept = self.pinned | set(keep) | {to}
         nodes, shared = self._same_for_every_batch(pending, kept)
         done = self._done | set(nodes)
+        # What lives on: it goes into what is held once, at the end of the step.
+        ran = done.union(shared)
+        touched = set(nodes).union(*(n.all_input_nodes for n in nodes))
+        lasting = {n for n in touched if n in kept or not ran.issuperset(n.users)}
         for held in self.envs:
-            self._run(nodes, held, kept, shared)
+            env = evaluate(self.gm, nodes, _Loaded(shared, held), lasting)
+            for node in nodes:
+                if node in lasting:
+                    held[node] = env.pop(node)
             for node in [n for n in held if n not in kept and set(n.users) <= done]:
                 del held[node]
         self._done = done
+
+    def revise(self, origin: Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Bring the values held up to date where another `origin` is computed from now on.
+
+        change: what became of its value, and so of all that was made of it up to the point reached.
+        """
+        held_nodes = self.envs[0]
+        pending, changed = [origin], {origin}
+        while pending:
+            for user in pending.pop().users:
+                if user in held_nodes and user not in changed:
+                    changed.add(user)
+                    pending.append(user)
+        for held in self.envs:
+            for node in changed & set(held):
+                held[node] = change(held[node])
 
     def release(self) -> None:
         """Drop everything that is held: the walk is over."""
@@ -168,33 +271,12 @@ class BlockRunner:
             if made and node not in kept:
                 constants[node] = None
         nodes = [n for n in pending if n not in constants]
-        read = {source for node in nodes for source in node.all_input_nodes}
+        wanted = {source for node in nodes for source in node.all_input_nodes}
+        read = set(wanted)
         for node in reversed(constants):
             if node in read:
                 read.update(node.all_input_nodes)
-        shared: Env = {}
-        for node in constants:
-            if node in read:
-                shared[node] = execute(self.gm, node, shared)
-        return nodes, shared
-
-    def _run(self, nodes: list[Node], held: HeldValues, kept: set[Node], shared: Env) -> None:
-        """Run nodes for one batch; what lives on goes into what is held, once, at the end."""
-        env = dict(shared)
-        ran = self._done | set(shared)
-        for node in nodes:
-            for source in node.all_input_nodes:
-                if source not in env and source in held:
-                    env[source] = held[source]
-            env[node] = execute(self.gm, node, env)
-            ran.add(node)
-            for source in node.all_input_nodes:
-                if source not in kept and all(user in ran for user in source.users):
-                    env.pop(source, None)
-                    held.discard(source)
-        for node in nodes:
-            if node in env and (node in kept or not ran.issuperset(node.users)):
-                held[node] = env.pop(node)
+        return nodes, evaluate(self.gm, [n for n in constants if n in read], {}, wanted)
 
 
 class Subgraph:
@@ -204,53 +286,9 @@ class Subgraph:
     """
 
     def __init__(self, gm: GraphModule, source: Node, result: Node) -> None:
-        self.gm = gm
-        self.source = source
-        self.result = result
-        needed: set[Node] = set()
-        pending = [result]
-        while pending:
-            node = pending.pop()
-            if node in needed or node is source or node.op in ("placeholder", "get_attr"):
-                continue
-            needed.add(node)
-            pending += node.all_input_nodes
-        self._nodes = [n for n in gm.graph.nodes if n in needed]
-        position = {n: i for i, n in enumerate(self._nodes)}
-        self._last_use: dict[Node, int] = {}
-        for node in self._nodes:
-            for read in node.all_input_nodes:
-                self._last_use[read] = position[node]
+        self.gm, self.source, self.result = gm, source, result
+        self._nodes = nodes_between(gm, {source}, result)
 
-    def __call__(self, inputs: Env, value: Tensor) -> Any:
+    def __call__(self, inputs: Env, value: Tensor) -> Value:
         """Value of the result when `source` is `value` and the placeholders are `inputs`."""
-        env: Env = {n: v for n, v in inputs.items() if n.op == "placeholder"}
-        env[self.source] = value
-        for index, node in enumerate(self._nodes):
-            env[node] = execute(self.gm, node, env)
-            for read in node.all_input_nodes:
-                if self._last_use.get(read) == index and read is not self.source:
-                    env.pop(read, None)
-        return env[self.result]
-
-
-def run_all(gm: GraphModule, batch: Any, visit: Callable[[Node, Env], None] | None = None) -> Any:
-    """Run the whole graph on one batch; `visit(node, env)` is called before each node runs."""
-    env = start(gm, batch)
-    nodes = list(gm.graph.nodes)
-    done: set[Node] = set()
-    with torch.no_grad():
-        for node in nodes:
-            if node.op in ("placeholder", "get_attr"):
-                done.add(node)
-                continue
-            if visit is not None:
-                visit(node, env)
-            if node.op == "output":
-                return map_arg(node.args[0], lambda n: env[n])
-            env[node] = execute(gm, node, env)
-            done.add(node)
-            for read in node.all_input_nodes:
-                if all(user in done for user in read.users):
-                    env.pop(read, None)
-    return None
+        return evaluate(self.gm, self._nodes, inputs | {self.source: value})[self.result]

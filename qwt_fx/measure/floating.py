@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.graph.constants import constant_value
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.nodes import is_call, is_constant
 from qwt_fx.graph.pass_base import clean_up
-from qwt_fx.graph.runner import execute
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
 
@@ -42,7 +43,6 @@ def floating_graph(converted: GraphModule) -> GraphModule:
 
 
 def _fold(gm: GraphModule, node: Node) -> None:
-    operands = {n: execute(gm, n, {}) for n in node.all_input_nodes}
-    weight = execute(gm, node, operands)
+    weight: Tensor = constant_value(gm, node)
     with gm.graph.inserting_before(node):
         node.replace_all_uses_with(add_tensor(gm, f"{node.name}_weight", weight.detach()))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.aten import SHAPE_ONLY
+from qwt_fx.graph.constants import constant_value
 from qwt_fx.graph.nodes import is_call, layer_name, weight_layers
 from qwt_fx.graph.runner import Env, execute, run_all
 from qwt_fx.measure.measure import clipped_share
@@ -111,13 +112,7 @@ def _statistics(gm: GraphModule, layer: Node, env: Env, exact: Tensor | None) ->
     x = env[source] if exact is None else exact
     error = None
     if exact is not None and exact.shape == env[source].shape and _plain(source):
-        rest = [execute(gm, a, {}) if isinstance(a, Node) else a for a in layer.args[2:]]
-        weight = env.get(layer.args[1])  # type: ignore[arg-type]
-        if weight is None:
-            assert isinstance(layer.args[1], Node)
-            weight = execute(gm, layer.args[1], env)
-        assert callable(layer.target)
-        wanted = layer.target(exact, weight, *rest)
+        wanted: Tensor = execute(gm, layer, env | {source: exact})
         noise = (execute(gm, layer, env) - wanted).square().sum(dtype=torch.float64)
         error = float(noise / wanted.square().sum(dtype=torch.float64).clamp_min(1e-300))
     rows = x.float().reshape(-1, x.shape[-1]) if x.dim() != 4 else x.float().flatten(2)
@@ -163,7 +158,7 @@ def weight_histograms(gm: GraphModule) -> dict[str, Histogram]:
         quantizer = quantizer_at(gm, node)
         if quantizer is None or quantizer.zero_point is None:
             continue
-        value = execute(gm, node, {n: execute(gm, n, {}) for n in node.all_input_nodes})
+        value: Tensor = constant_value(gm, node)
         step = quantizer.scale.reshape(-1, *[1] * (value.dim() - 1))
         codes = torch.round(value / step).long().flatten()
         first = -int(quantizer.zero_point.max())

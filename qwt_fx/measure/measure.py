@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.graph.constants import constant_value
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.graph.runner import Env, execute, run_all
@@ -59,9 +60,9 @@ def measure_layers(gm: GraphModule, batch: Any) -> None:
             return
         source, weight = operands[node]
         x = held.pop(node) if node in held else env[source]
-        assert callable(node.target)  # a linear or a convolution
-        exact = node.target(x, execute(gm, weight, {}), *_rest(gm, node))
-        value = sqnr_db(exact, execute(gm, node, env))
+        read, read_weight = map(_node, node.args[:2])
+        unquantized = env | {read: x, read_weight: constant_value(gm, weight)}
+        value = sqnr_db(execute(gm, node, unquantized), execute(gm, node, env))
         info.layers[layer_name(node)] = {
             "sqnr_db": value if math.isfinite(value) else None,
             "clipped": clipped.get(node),
@@ -105,14 +106,6 @@ def _node(argument: object) -> Node:
 def _unquantized(gm: GraphModule, argument: object) -> Node:
     node = _node(argument)
     return _node(node.args[0]) if is_fake_quant(gm, node) else node
-
-
-def _rest(gm: GraphModule, node: Node) -> list[Any]:
-    """Bias and the other arguments of a layer; they depend on no activation."""
-    return [
-        execute(gm, argument, {}) if isinstance(argument, Node) else argument
-        for argument in node.args[2:]
-    ]
 
 
 def tensors_of(value: Any) -> list[Tensor]:

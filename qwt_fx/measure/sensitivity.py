@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.nodes import layer_name
-from qwt_fx.graph.runner import Env, execute, start
+from qwt_fx.graph.runner import Env, computed, evaluate, start, steps
 from qwt_fx.measure.measure import tensors_of
 from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_of
 from qwt_fx.quant.layer_groups import LayerGroup, find_groups, weight_quantizer
@@ -74,23 +74,16 @@ class OutputProbe:
 
     def __init__(self, gm: GraphModule, batch: Any) -> None:
         self.gm = gm
-        self.nodes = [n for n in gm.graph.nodes if n.op != "get_attr"]
+        self.nodes = computed(gm)
         self.env: Env = start(gm, batch)
-        self.last_use: dict[Node, int] = {}
-        for index, node in enumerate(self.nodes):
-            for read in node.all_input_nodes:
-                self.last_use[read] = index
         self._at = 0
-        self.exact = tensors_of(self._from(0, dict(self.env), {}))
+        self.exact = self.outputs({})
 
     def walk(self) -> Iterator[Node]:
         """Every node before it runs; `value` and `outputs` are then about this point."""
-        for index, node in enumerate(self.nodes):
+        for index, node in enumerate(steps(self.gm, self.nodes, self.env)):
             self._at = index
             yield node
-            if node.op not in ("placeholder", "output"):
-                self.env[node] = execute(self.gm, node, self.env)
-                self._drop(self.env, index)
 
     def groups(self) -> Iterator[LayerGroup]:
         """Every group of layers in graph order, before its value is quantized."""
@@ -106,7 +99,8 @@ class OutputProbe:
 
     def outputs(self, changed: Mapping[Node, Tensor]) -> list[Tensor]:
         """The model's outputs when these nodes, not run yet, have these values."""
-        return tensors_of(self._from(self._at, dict(self.env), changed))
+        nodes = [n for n in self.nodes[self._at :] if n not in changed]
+        return tensors_of(evaluate(self.gm, nodes, self.env | dict(changed))[self.nodes[-1]])
 
     def error(self, outputs: Sequence[Tensor]) -> float:
         """Squared error of outputs, relative to the energy of the exact ones."""
@@ -116,23 +110,6 @@ class OutputProbe:
         )
         signal = sum(float(a.square().sum(dtype=torch.float64)) for a in self.exact)
         return noise / max(signal, torch.finfo(torch.float64).tiny)
-
-    def _from(self, index: int, env: Env, changed: Mapping[Node, Tensor]) -> Any:
-        """The model's output from this node on, with these values put in place."""
-        env |= changed
-        for at in range(index, len(self.nodes)):
-            node = self.nodes[at]
-            if node.op == "output":
-                return torch.fx.node.map_arg(node.args[0], lambda n: env[n])
-            if node not in changed and node.op != "placeholder":
-                env[node] = execute(self.gm, node, env)
-            self._drop(env, at, keep=changed)
-        raise AssertionError("a graph ends in its output")
-
-    def _drop(self, env: Env, index: int, keep: Mapping[Node, Tensor] | None = None) -> None:
-        for read in self.nodes[index].all_input_nodes:
-            if self.last_use[read] == index and read not in (keep or {}):
-                env.pop(read, None)
 
 
 def weight_operand(layer: Node) -> Node:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, SHAPE_ONLY
+from qwt_fx.graph.constants import constant_value
 from qwt_fx.graph.nodes import (
     ancestors,
     compute_nodes,
@@ -22,7 +22,6 @@ from qwt_fx.graph.nodes import (
     tensor_of,
     weight_layers,
 )
-from qwt_fx.graph.runner import execute
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
 from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
@@ -44,8 +43,9 @@ class Quantizer:
     zero_point: Tensor | None
 
 
-def _bits(quant_max: Any) -> int:
-    return int(quant_max + 1).bit_length() - 1
+def _bits(quant_max: object) -> int:
+    assert isinstance(quant_max, int)  # the operators' schemas
+    return (quant_max + 1).bit_length() - 1
 
 
 def quantizer_at(gm: GraphModule, node: object) -> Quantizer | None:
@@ -169,11 +169,7 @@ def _matrix(gm: GraphModule, node: Node) -> Tensor:
 def _constant(gm: GraphModule, node: object) -> Tensor:
     """The value of a node that depends on no input."""
     assert isinstance(node, Node)
-    env: dict[Node, Any] = {}
-    needed = ancestors(node)
-    for step in (n for n in gm.graph.nodes if n in needed):
-        env[step] = execute(gm, step, env)
-    value: Tensor = env[node]
+    value: Tensor = constant_value(gm, node)
     return value.detach()
 
 

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from qwt_fx.graph.graph_info import graph_info, has_graph_info
-from qwt_fx.graph.nodes import ancestors, find_node, is_call
-from qwt_fx.graph.runner import Env, execute, placeholders
+from qwt_fx.graph.nodes import find_node, is_call
+from qwt_fx.graph.runner import evaluate, nodes_between, placeholders
 
 _SHORTEST = 3  # a context below this holds no text
 
@@ -105,13 +105,8 @@ def trim(tower: nn.Module, ids: Tensor, multiple: int = 4) -> Tensor:
 def run_on_ids(gm: GraphModule, node: Node, ids: Tensor) -> Tensor:
     """Value of a node that depends on the ids alone."""
     (source,) = placeholders(gm)
-    env: Env = {source: ids}
-    needed = ancestors(node)
     with torch.no_grad():
-        for step in gm.graph.nodes:
-            if step in needed and step is not source:
-                env[step] = execute(gm, step, env)
-    value: Tensor = env[node]
+        value: Tensor = evaluate(gm, nodes_between(gm, {source}, node), {source: ids})[node]
     return value
 
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from qwt_fx import api
 from qwt_fx.artifact.artifact import write_artifact
-from qwt_fx.artifact.json_values import Json
+from qwt_fx.artifact.json_values import Json, JsonObject
 from qwt_fx.checkpoint.resume_folder import ResumeFolder
 from qwt_fx.clip.clip import TOWERS
 from qwt_fx.commands.quantize.pipeline import config_of_tower
