@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +30,16 @@ from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.process_memory import release_freed
 from qwt_fx.batches.value_store import ValueStore
 from qwt_fx.calibrate.block_compensation import why_no_block
-from qwt_fx.calibrate.layer_range import fit_range
+from qwt_fx.calibrate.channel_moves import apply_move, find_move
+from qwt_fx.calibrate.layer_range import RangeSearch
 from qwt_fx.calibrate.layer_sums import layer_sums
 from qwt_fx.calibrate.observe_ranges import observe_on_first
-from qwt_fx.calibrate.paired_walk import Lockstep
+from qwt_fx.calibrate.paired_walk import PairedWalk
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.config.layer_settings import LayerSettings
 from qwt_fx.errors import DataError
-from qwt_fx.graph.edits import add_module
+from qwt_fx.graph.edits import add_module, described
 from qwt_fx.graph.nodes import layer_name
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.numerics.layer_fit import FittedLayer, fit_layer
@@ -86,14 +86,12 @@ class CalibrateLayers(Pass):
         set_mode(gm, Mode.ON)
         _weights_next_to_layers(gm)
         groups = find_groups(gm)
-        compensation = self.compensation
-        if compensation and (
-            reason := why_no_block(gm, DistributedBatches.of(self.batches), compensation)
-        ):
+        batches, compensation = DistributedBatches.of(self.batches), self.compensation
+        if compensation and (reason := why_no_block(gm, batches, compensation)):
             compensation = None
             yield Skip("graph", reason)
-        walk = Lockstep(
-            gm, self.reference, self.batches, groups, self.settings, self.journal, self.store,
+        walk = PairedWalk(
+            gm, self.reference, batches, groups, self.settings, self.journal, self.store,
             compensation,
         )  # fmt: skip
         with torch.no_grad():
@@ -131,11 +129,11 @@ def _own_quantizer(gm: GraphModule, node: Node, user: Node) -> None:
     module.mode = shared.mode
     with gm.graph.inserting_before(user):
         call = gm.graph.call_module(add_module(gm, "fake_quant_0", module), node.args)
-    call.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+    call.meta = described(node)
     user.replace_input_with(node, call)
 
 
-def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
+def _calibrate(walk: PairedWalk, group: LayerGroup) -> Iterator[Change | Skip]:
     """Find one group's range, then fit and round its layers.
 
     What is found on data goes through the journal; edits of the graph and of the values do not.
@@ -151,7 +149,7 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
         return
     layers = [n for n in group.layers if can_be_rows(n)]
     if quantizer is not None:
-        yield Change(quantizer.name, fit_range(walk, group, quantizer))
+        yield _set_range(walk, group, quantizer)
     names = ", ".join(map(layer_name, layers))
     fits = walk.journal.once(f"fit of {names}", partial(_fits, walk, group, layers, quantizer))
     for layer, fitted in zip(layers, fits, strict=True):
@@ -162,15 +160,35 @@ def _calibrate(walk: Lockstep, group: LayerGroup) -> Iterator[Change | Skip]:
             yield from _round_alone(walk, layer)
 
 
-def _log_range(quantizer: FakeQuant, walk: Lockstep, source: Node) -> tuple[Tensor, Tensor | None]:
+def _set_range(walk: PairedWalk, group: LayerGroup, quantizer: FakeQuant) -> Change:
+    """Move differences between channels out of the value where that helps, then set its range."""
+    search = RangeSearch(walk, group, quantizer)
+    move = find_move(search)
+    if move is not None:
+        apply_move(walk, group, move)
+    best = search.best(None if move is None else move.rescale)
+    quantizer.spec, quantizer.token_scale = search.spec, best.token_scale
+    quantizer.set_qparams(best.range.scale, best.range.zero_point)
+    done = "one range"
+    if move is not None:
+        done = f"moved into {move.site.into}, strength {move.rescale.strength:g}"
+    if best.token_scale is not None:
+        positions = int((best.token_scale != 1).sum())
+        done += f", {positions} positions with scales of their own"
+    return Change(quantizer.name, done)
+
+
+def _log_range(
+    quantizer: FakeQuant, walk: PairedWalk, source: Node
+) -> tuple[Tensor, Tensor | None]:
     first = walk.values(source)[0]
-    observe_on_first(walk.share.ranks, [quantizer], lambda: quantizer.observe(first))
+    observe_on_first(walk.batches.ranks, [quantizer], lambda: quantizer.observe(first))
     assert quantizer.scale is not None  # just observed
     return quantizer.scale, quantizer.zero_point
 
 
 def _fits(
-    walk: Lockstep, group: LayerGroup, layers: list[Node], quantizer: FakeQuant | None
+    walk: PairedWalk, group: LayerGroup, layers: list[Node], quantizer: FakeQuant | None
 ) -> tuple[FittedLayer, ...]:
     """What each layer becomes, in the layer's shape and dtype."""
     floating = {n: weight_and_bias(walk.reference, walk.twin(n)) for n in layers}
@@ -179,27 +197,27 @@ def _fits(
     return tuple(_fit(walk, layer, sums.pop(layer)) for layer in layers)
 
 
-def _fit(walk: Lockstep, layer: Node, sums: tuple[LayerSums, LayerSums]) -> FittedLayer:
+def _fit(walk: PairedWalk, layer: Node, sums: tuple[LayerSums, LayerSums]) -> FittedLayer:
     weight, bias = weight_and_bias(walk.gm, layer)
     module = weight_quantizer(walk.gm, layer)
     spec = None if module is None else module.spec
 
-    def fit() -> dict[str, Any]:
+    def fit() -> FittedLayer:
         if not all(part.finite for part in sums):
             raise DataError(
                 f"{layer_name(layer)}: its input or output is so large, or not finite, that sums of "
                 "squares overflow; check the weights and the calibration inputs"
             )
-        found = fit_layer(weight.flatten(1), bias, spec, *sums, walk.settings)
+        fitted = fit_layer(weight.flatten(1), bias, spec, *sums, walk.settings)
         # In the layer's own shape and precision, as it is kept: half of what would travel.
-        new_bias = None if found.bias is None else found.bias.to(weight.dtype)
-        shaped = found.weight.reshape(weight.shape).to(weight.dtype)
-        return vars(replace(found, weight=shaped, bias=new_bias))
+        new_bias = None if fitted.bias is None else fitted.bias.to(weight.dtype)
+        shaped = fitted.weight.reshape(weight.shape).to(weight.dtype)
+        return replace(fitted, weight=shaped, bias=new_bias)
 
-    return FittedLayer(**walk.share.ranks.from_first(fit))
+    return walk.batches.fitted(FittedLayer, fit)
 
 
-def _round_alone(walk: Lockstep, layer: Node) -> Iterator[Change]:
+def _round_alone(walk: PairedWalk, layer: Node) -> Iterator[Change]:
     """A layer that is no product of rows and a matrix (a grouped convolution): nearest codes."""
     module = weight_quantizer(walk.gm, layer)
     if module is not None and not module.calibrated:

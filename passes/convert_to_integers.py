@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import NotCalibratedError, PostconditionError
-from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.edits import add_tensor, described
 from qwt_fx.graph.nodes import tensor_of
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.numerics.qparams import LOG_SQRT2, along_axis
@@ -51,7 +51,7 @@ class ConvertToIntegers(Pass):
                     new = _per_token(gm, source, module)
                 if dtype is not torch.float32:  # the operators compute in float32
                     new = gm.graph.call_function(cast, (new, dtype))
-            new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+            new.meta = described(node)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
             yield Change(module.name, str(new.target))

@@ -19,7 +19,8 @@ from torch.fx import GraphModule, Node
 from qwt_fx.batches.batch import Batch, Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.graph.aten import LINEAR
-from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.correspondence import Correspondence
+from qwt_fx.graph.edits import add_tensor, described
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import is_call, layer_name
 from qwt_fx.graph.pass_base import Change, Pass, Skip
@@ -178,8 +179,7 @@ def _replace(gm: GraphModule, linear: Node, is_first: Tensor, row: Tensor, first
         mask = call(aten.logical_and.default, (position, starts))
     with gm.graph.inserting_after(mask):
         output = call(aten.where.self, (mask, constant, linear))
-    for key in ("val", "nn_module_stack"):
-        if key in linear.meta:
-            output.meta[key] = linear.meta[key]
+    output.meta |= described(linear)
+    Correspondence.inserted(output, behind=linear)
     for reader in readers:
         reader.replace_input_with(linear, output)

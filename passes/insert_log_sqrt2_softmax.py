@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.errors import ConfigError
 from qwt_fx.graph.aten import MATMULS, SDPA, SHAPE_ONLY, SOFTMAXES
-from qwt_fx.graph.edits import add_module
+from qwt_fx.graph.edits import add_module, described
 from qwt_fx.graph.nodes import is_call, layer_name
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.numerics.qparams import LOG_SQRT2, QuantSpec
@@ -60,7 +60,7 @@ class InsertLogSqrt2Softmax(Pass):
             with gm.graph.inserting_after(node):
                 call = gm.graph.call_module(target, (node,))
             node.replace_all_uses_with(call, delete_user_cb=lambda user, c=call: user is not c)
-            call.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+            call.meta = described(node)
             yield Change(name, f"log-sqrt2, {self.bits} bits")
 
 

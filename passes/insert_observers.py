@@ -12,7 +12,7 @@ from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.settings import Settings, settings_of
 from qwt_fx.errors import ConfigError
 from qwt_fx.graph.aten import CONVOLUTIONS, MATMULS, RMS_NORM, SDPA, SHAPE_ONLY, SOFTMAXES
-from qwt_fx.graph.edits import add_module
+from qwt_fx.graph.edits import add_module, described
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import (
     argument,
@@ -156,7 +156,7 @@ class InsertObservers(Pass):
             after = inputs[-1] if source.op == "get_attr" and source < inputs[-1] else source
             with gm.graph.inserting_after(after):
                 call = gm.graph.call_module(target, (source,))
-            call.meta = {k: v for k, v in source.meta.items() if k in ("val", "nn_module_stack")}
+            call.meta = described(source)
             shared[key] = call
         node.update_arg(index, shared[key])
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import ConfigError
-from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.correspondence import Correspondence
+from qwt_fx.graph.edits import add_tensor, described
 from qwt_fx.graph.nodes import is_call, layer_name, strip_weight, tensor_of
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 
@@ -82,7 +83,7 @@ def _replace(gm: GraphModule, node: Node, source: Node, table: Tensor) -> None:
         new = call(aten.mul.Tensor, (wide, call(aten.embedding.default, (scale_node, ids))))
         if table.dtype is not torch.float32:
             new = call(aten.to.dtype, (new, table.dtype))
-    new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
-    new.meta["replaces"] = node.name  # a walk beside the floating-point graph looks for it
+    new.meta = described(node)
+    Correspondence.replaced(gm, node, new)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

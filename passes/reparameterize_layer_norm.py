@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from qwt_fx.errors import NotCalibratedError
 from qwt_fx.graph.aten import LAYER_NORM, RMS_NORM
 from qwt_fx.graph.constants import constant_tensor
-from qwt_fx.graph.edits import add_module, add_tensor
+from qwt_fx.graph.edits import add_module, add_tensor, described
 from qwt_fx.graph.nodes import argument, layer_name, strip_weight, tensor_of
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of, is_fake_quant
@@ -209,5 +209,5 @@ def _requantize(gm: GraphModule, old: Node, linear: Node, new_weight: Node) -> N
     target = add_module(gm, "fake_quant_0", module)
     with gm.graph.inserting_before(linear):
         node = gm.graph.call_module(target, (new_weight,))
-    node.meta = {k: v for k, v in old.meta.items() if k in ("val", "nn_module_stack")}
+    node.meta = described(old)
     return node

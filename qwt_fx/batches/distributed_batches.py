@@ -11,6 +11,7 @@ from qwt_fx.batches.ranks import Message, Ranks
 from qwt_fx.errors import DataError
 
 T = TypeVar("T")
+Fitted = TypeVar("Fitted")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DistributedBatches(Iterable[Batch]):
 
     @classmethod
     def of(cls, batches: Batches) -> DistributedBatches:
-        """A share as it is; a list of batches as one that nobody else has a part of.
+        """Distributed batches as they are; a list of batches as those of a rank that is alone.
 
         Raises `DataError` for a generator, or no batch.
         """
@@ -47,7 +48,7 @@ class DistributedBatches(Iterable[Batch]):
         return cls(listed, [batch_size(b) for b in listed])
 
     def map(self, change: Callable[[Batch], Batch]) -> DistributedBatches:
-        """The same share with other tensors in each batch."""
+        """The same batches with other tensors in each."""
         return DistributedBatches([change(batch) for batch in self.batches], self.sizes, self.ranks)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -68,6 +69,10 @@ class DistributedBatches(Iterable[Batch]):
         """Of one thing for each batch, those for this rank's."""
         listed = list(every)
         return [listed[number] for number in self.numbers]
+
+    def fitted(self, kind: Callable[..., Fitted], make: Callable[[], Fitted]) -> Fitted:
+        """A dataclass, `kind`, that the first rank makes of what all have sent it."""
+        return kind(**self.ranks.from_first(lambda: vars(make())))
 
     def in_order(self, messages: Callable[[int], Iterable[Message]]) -> Iterator[Message]:
         """On the first rank, what `messages(k)` yields for the k-th batch of each rank, in the order of

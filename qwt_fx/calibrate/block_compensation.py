@@ -9,7 +9,6 @@ cheaper kinds of `qwt_fx.calibrate.compensators`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,11 @@ from torch.fx import GraphModule, Node
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.precision import wide
 from qwt_fx.calibrate.compensation_sites import NoSite
-from qwt_fx.calibrate.compensators import Compensator, Site, compensator
+from qwt_fx.calibrate.compensators import Site, compensator
 from qwt_fx.checkpoint.journal import Journal
 from qwt_fx.config.compensation_kind import CompensationSettings, parse_compensation
 from qwt_fx.errors import DataError
+from qwt_fx.graph.correspondence import Correspondence
 from qwt_fx.graph.graph_info import Block, graph_info
 from qwt_fx.graph.nodes import find_node
 from qwt_fx.graph.pass_base import Change, Skip
@@ -31,6 +31,9 @@ from qwt_fx.numerics.channel_affine import AffineFit
 from qwt_fx.numerics.hold_out import held_out_samples
 from qwt_fx.numerics.regression import Fit
 from qwt_fx.text.token_ids import TokenMask
+
+Rows = tuple[Tensor, Tensor]
+"""Which rows of a batch fit and which judge, bool (rows,) each."""
 
 
 class BlockCompensation:
@@ -42,7 +45,7 @@ class BlockCompensation:
         settings: what is fitted.
         quantized: runs the quantized graph; its blocks up to the next one are calibrated.
         floating: runs the floating-point graph, and is not beyond the next block's output.
-        share: the batches both run.
+        batches: what both run.
         journal: keeps the fit of each block; the caller commits it.
         proofs: which rows count, of each batch, for every block's input; empty: all of them.
     """
@@ -52,19 +55,19 @@ class BlockCompensation:
         settings: CompensationSettings,
         quantized: BlockRunner,
         floating: BlockRunner,
-        share: DistributedBatches,
+        batches: DistributedBatches,
         journal: Journal,
         proofs: Sequence[TokenMask],
     ) -> None:
         self.gm, self.reference = quantized.gm, floating.gm
         self._settings = settings
         self._quantized, self._floating = quantized, floating
-        self._share, self._journal, self._proofs = share, journal, proofs
+        self._batches, self._journal, self._proofs = batches, journal, proofs
         self._kind = parse_compensation(settings.kind)
-        self._compensator: Compensator = compensator(self._kind, settings.half)
-        self._sizes = share.of_mine(share.sizes)
-        held_out = held_out_samples(share.samples, settings.hold_out)
-        self._judges = share.of_mine(torch.split(held_out, share.sizes))
+        self._compensator = compensator(self._kind, settings.half)
+        self._sizes = batches.of_mine(batches.sizes)
+        held_out = held_out_samples(batches.samples, settings.hold_out)
+        self._judges = batches.of_mine(torch.split(held_out, batches.sizes))
         self._done = 0
         self._pin_inputs()
 
@@ -106,8 +109,9 @@ class BlockCompensation:
         if x.shape != y.shape:
             reason = f"its input {tuple(x.shape)} and output {tuple(y.shape)} differ"
             return Skip(block.name, reason)
-        rows = [self._rows(site, i) for i in range(len(self._sizes))]
-        if any(r is None for r in rows):
+        every = (self._rows(site, i) for i in range(len(self._sizes)))
+        rows = [split for split in every if split is not None]
+        if len(rows) < len(self._sizes):
             return Skip(block.name, "which sample each of its tokens belongs to is not known")
         original = graph_info(self.reference).blocks[index]
         fit = self._journal.once(
@@ -133,26 +137,18 @@ class BlockCompensation:
             for env in self._quantized.envs:
                 env[result] = env[result] + fit.correction(env[site.regressor])
         else:
-            self._replace(result, inserted.output)
+            Correspondence.replaced(gm, result, inserted.output)
+            self._quantized.advance(inserted.output)
         return Change(block.name, f"{self._kind}, R^2 {judged:.4g}")
-
-    def _replace(self, result: Node, output: Node) -> None:
-        """The block's output is another node from now on; its rows count as the former's do."""
-        info = graph_info(self.gm)
-        info.blocks[:] = [_moved(b, result.name, output.name) for b in info.blocks]
-        output.meta["replaces"] = result.meta.get("replaces", result.name)
-        for proof in self._proofs:
-            proof.follow(result.name, output.name)
-        self._quantized.advance(output)
 
     def _hold_regressor(self, site: Site) -> None:
         """What the error is regressed on, made of the block's input again where it was dropped."""
         function = Subgraph(self.gm, site.source, site.regressor)
-        for env, batch in zip(self._quantized.envs, self._share.batches, strict=True):
+        for env, batch in zip(self._quantized.envs, self._batches.batches, strict=True):
             if site.regressor not in env:
                 env[site.regressor] = function(start(self.gm, batch), env[site.source])
 
-    def _fit(self, site: Site, original: Block, rows: list[Any]) -> Any:
+    def _fit(self, site: Site, original: Block, rows: list[Rows]) -> Fit | AffineFit:
         """Fit the error of a block; `original` is its record in the reference."""
         envs = self._quantized.envs
         width, outputs = envs[0][site.regressor].shape[-1], envs[0][site.result].shape[-1]
@@ -173,12 +169,12 @@ class BlockCompensation:
                 if bool(chosen.any()):
                     yield which, both[which].part(x[chosen], error[chosen])
 
-        for which, part in self._share.in_order(parts):
+        for which, part in self._batches.in_order(parts):
             both[which].merge(part)
         train, judge = both
         held_out = judge if self._settings.hold_out > 0.0 else None
-        fitted = self._share.ranks.from_first(lambda: vars(self._compensator.fit(train, held_out)))
-        return (AffineFit if self._kind.name == "affine" else Fit)(**fitted)
+        kind = AffineFit if self._kind.name == "affine" else Fit
+        return self._batches.fitted(kind, lambda: self._compensator.fit(train, held_out))
 
     def _targets(self, site: Site, original: Block) -> Iterator[Tensor]:
         """What the block's output should be, batch by batch."""
@@ -188,18 +184,18 @@ class BlockCompensation:
             yield from (env[end] for env in self._floating.envs)
             return
         function = Subgraph(self.reference, find_node(self.reference, original.input), end)
-        for env, batch in zip(self._quantized.envs, self._share.batches, strict=True):
+        for env, batch in zip(self._quantized.envs, self._batches.batches, strict=True):
             yield function(start(self.reference, batch), env[site.source])
 
-    def _rows(self, site: Site, index: int) -> tuple[Tensor, Tensor] | None:
-        """Which rows of a batch fit and which judge, bool (rows,) each; `None` if it is not known."""
+    def _rows(self, site: Site, index: int) -> Rows | None:
+        """Those of a batch; `None` if it is not known."""
         y = self._quantized.envs[index][site.result]
         keep = torch.ones(y.shape[:-1].numel(), dtype=torch.bool, device=y.device)
         if self._proofs:
             constant = graph_info(self.gm).constant_token is not None
             masked = self._settings.token_masks
             mask = self._proofs[index].counting(
-                site.source.name, behind_end=masked, first=not constant
+                Correspondence.name_of(site.source), behind_end=masked, first=not constant
             )
             keep = keep if mask is None else keep & mask.reshape(-1)
         if self._settings.hold_out == 0.0:
@@ -212,20 +208,11 @@ class BlockCompensation:
 
 
 def why_no_block(
-    gm: GraphModule, share: DistributedBatches, settings: CompensationSettings
+    gm: GraphModule, batches: DistributedBatches, settings: CompensationSettings
 ) -> str | None:
     """Why no block of a graph can be compensated; `None` where some may be."""
     if not graph_info(gm).blocks:
         return "no transformer block was found"
-    if settings.hold_out > 0.0 and share.samples < 2:
+    if settings.hold_out > 0.0 and batches.samples < 2:
         return "one calibration sample: none can be held out"
     return None
-
-
-def _moved(block: Block, old: str, new: str) -> Block:
-    """The block record after its boundary value `old` became `new`."""
-    return Block(
-        block.name,
-        new if block.input == old else block.input,
-        new if block.output == old else block.output,
-    )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.aten import LINEAR
-from qwt_fx.graph.nodes import argument, is_call, tensor_of
+from qwt_fx.graph.nodes import argument, is_call, shape_of, tensor_of
 from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 from qwt_fx.quant.norms import NORMS, weight_node
 
 aten = torch.ops.aten
 
-Step = tuple[Any, tuple[Any, ...]]
+Reordering = tuple[Callable[..., Tensor], tuple[object, ...]]
 """An operator and its arguments after the first, the value it is applied to."""
 
 
@@ -23,14 +23,16 @@ class NoSite(Exception):
     """A block has no place for a compensation; the message says why."""
 
 
-def integer_input(source: Node, members: set[Node], gm: GraphModule) -> tuple[Node, list[Step]]:
+def integer_input(
+    source: Node, members: set[Node], gm: GraphModule
+) -> tuple[Node, list[Reordering]]:
     """The first quantized activation that linears of a block read: its input or the norm of it.
 
     `source` is the block's input, `members` the nodes its output is computed from. Also returns the
     steps that bring a value in the quantizer's layout back to that of the block's input. Raises
     `NoSite` where there is no such activation with all the input's tokens in it.
     """
-    pending: list[tuple[Node, list[Step]]] = [(source, [])]
+    pending: list[tuple[Node, list[Reordering]]] = [(source, [])]
     while pending:
         node, steps = pending.pop(0)
         for user in (u for u in node.users if u in members):
@@ -44,12 +46,12 @@ def integer_input(source: Node, members: set[Node], gm: GraphModule) -> tuple[No
     raise NoSite("no quantized linear reads all tokens of its input, or of the norm of it")
 
 
-def _undoing(move: Node) -> Step | None:
+def _undoing(move: Node) -> Reordering | None:
     """The step that undoes a reordering of dimensions but the last; `None` for any other node."""
-    value = move.meta.get("val")
-    if not isinstance(value, Tensor):
+    shape = shape_of(move)
+    if shape is None:
         return None
-    rank = value.dim()
+    rank = len(shape)
     if is_call(move, {aten.transpose.int}):
         dims = tuple(int(d) % rank for d in move.args[1:3])  # type: ignore[arg-type]
         return None if rank - 1 in dims else (aten.transpose.int, dims)

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.calibrate.compensation_sites import Step, integer_input, last_linear
+from qwt_fx.calibrate.compensation_sites import Reordering, integer_input, last_linear
 from qwt_fx.config.compensation_kind import CompensationKind
 from qwt_fx.graph.aten import LINEAR
-from qwt_fx.graph.edits import add_module, add_tensor
-from qwt_fx.graph.nodes import ancestors
+from qwt_fx.graph.edits import add_module, add_tensor, described
+from qwt_fx.graph.nodes import ancestors, dtype_of
 from qwt_fx.numerics.channel_affine import AffineFit, ChannelMoments, fit_affine
 from qwt_fx.numerics.qparams import QuantSpec
 from qwt_fx.numerics.regression import Fit, Moments, fit_held_out, fit_original
@@ -48,7 +48,7 @@ class Site:
     source: Node
     result: Node
     regressor: Node
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Reordering, ...] = ()
 
     def regressor_value(self, value: Tensor) -> Tensor:
         """The regressor with its tokens in the order of the block's output."""
@@ -62,7 +62,7 @@ class Site:
         output = self.result
         for value in values:
             output = gm.graph.call_function(aten.add.Tensor, (output, value))
-            output.meta.update(_described(self.result))
+            output.meta.update(described(self.result))
         for reader in readers:
             reader.replace_input_with(self.result, output)
         return output
@@ -77,28 +77,40 @@ class Inserted:
     macs: int
 
 
-class Compensator(ABC):
+Sums = TypeVar("Sums")
+Fitted = TypeVar("Fitted")
+
+
+class Compensator(ABC, Generic[Sums, Fitted]):
     """One kind of compensation."""
 
     @abstractmethod
     def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
         """Where it attaches to a block. Raises `NoSite` where it cannot."""
 
-    def empty(self, inputs: int, outputs: int, device: torch.device) -> Any:
+    @abstractmethod
+    def empty(self, inputs: int, outputs: int, device: torch.device) -> Sums:
         """Sums over no tokens of the regressor and the error."""
-        return Moments.empty(inputs, outputs, device)
 
     @abstractmethod
-    def fit(self, train: Any, held_out: Any | None) -> Any:
+    def fit(self, train: Sums, held_out: Sums | None) -> Fitted:
         """A fit judged on held-out sums, or, as published, on the ones that make it."""
 
     @abstractmethod
-    def insert(self, gm: GraphModule, site: Site, fit: Any) -> Inserted:
+    def insert(self, gm: GraphModule, site: Site, fit: Fitted) -> Inserted:
         """Put the fitted compensation into the graph."""
 
 
+class _LinearCompensator(Compensator[Moments, Fit]):
+    """One that regresses on all channels of a value."""
+
+    def empty(self, inputs: int, outputs: int, device: torch.device) -> Moments:
+        """See `Compensator`."""
+        return Moments.empty(inputs, outputs, device)
+
+
 @dataclass(frozen=True)
-class InputLinear(Compensator):
+class InputLinear(_LinearCompensator):
     """A linear of the block's input, dense or of low rank; `half`: stored in half precision."""
 
     storage: Storage
@@ -115,7 +127,7 @@ class InputLinear(Compensator):
     def insert(self, gm: GraphModule, site: Site, fit: Fit) -> Inserted:
         """See `Compensator`."""
         suffixes = ("",) if len(fit.factors) == 1 else (".down", ".up")
-        dtype, value = _dtype(site.result), site.source
+        dtype, value = dtype_of(site.result) or torch.float32, site.source
         base = f"{site.name}.compensation"
         with gm.graph.inserting_before(site.result.next):
             for suffix, factor in zip(suffixes, fit.factors, strict=True):
@@ -126,7 +138,7 @@ class InputLinear(Compensator):
                     matrix = gm.graph.call_function(aten.to.dtype, (matrix, dtype))
                 value = gm.graph.call_function(aten.matmul.default, (value, matrix))
                 value.meta["layer"] = f"{base}{suffix}"
-            value.meta.update(_described(site.result))
+            value.meta.update(described(site.result))
             bias = add_tensor(gm, f"{base}_bias", fit.bias.to(dtype))
             output = site.add(gm, value, bias)
         macs = sum(factor.numel() for factor in fit.factors)
@@ -134,7 +146,7 @@ class InputLinear(Compensator):
 
 
 @dataclass(frozen=True)
-class IntegerLinear(Compensator):
+class IntegerLinear(_LinearCompensator):
     """An 8-bit linear of the first quantized activation in the block.
 
     That activation is an integer already, so these are more output rows of a product that the
@@ -152,7 +164,7 @@ class IntegerLinear(Compensator):
 
     def insert(self, gm: GraphModule, site: Site, fit: Fit) -> Inserted:
         """See `Compensator`."""
-        dtype = _dtype(site.result)
+        dtype = dtype_of(site.result) or torch.float32
         scale = int8_scale(fit.weight)
         base = f"{site.name}.compensation"
         quantizer = FakeQuant(QuantSpec(8, ch_axis=0), f"{base}.weight")
@@ -173,7 +185,7 @@ class IntegerLinear(Compensator):
 
 
 @dataclass(frozen=True)
-class FoldedAffine(Compensator):
+class FoldedAffine(Compensator[ChannelMoments, AffineFit]):
     """A scale and a shift of each channel of the block's last linear, folded into it.
 
     The scale goes into that of the linear's weight quantizer, whose codes stay, or into a weight in
@@ -207,7 +219,7 @@ class FoldedAffine(Compensator):
         return Inserted(site.result, 0 if bias is not None else shift.numel(), 0)
 
 
-def compensator(kind: CompensationKind, half: bool) -> Compensator:
+def compensator(kind: CompensationKind, half: bool) -> Compensator[Any, Any]:
     """The compensation of a kind other than "none"; `half`: floats in half precision."""
     if kind.name == "affine":
         return FoldedAffine()
@@ -221,12 +233,3 @@ def _fit(train: Moments, held_out: Moments | None, storage: Storage) -> Fit:
     if held_out is None:
         return fit_original(train, storage)
     return fit_held_out(train, held_out, storage)
-
-
-def _dtype(node: Node) -> torch.dtype:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else torch.float32
-
-
-def _described(node: Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}

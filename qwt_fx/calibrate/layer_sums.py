@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qwt_fx.batches.precision import wide
-from qwt_fx.calibrate.paired_walk import Lockstep
+from qwt_fx.calibrate.paired_walk import PairedWalk
 from qwt_fx.graph.aten import LINEAR
 from qwt_fx.graph.nodes import is_call
 from qwt_fx.numerics.second_moments import LayerSums
@@ -22,7 +22,7 @@ Parameters = tuple[Tensor, Tensor | None]
 
 
 def layer_sums(
-    walk: Lockstep,
+    walk: PairedWalk,
     group: LayerGroup,
     layers: list[Node],
     floating: dict[Node, Parameters],
@@ -62,7 +62,7 @@ def layer_sums(
                 for part in LayerSums.parts(rows[chosen], missing[chosen]):
                     yield at, which, part
 
-    for at, which, part in walk.share.in_order(parts):
+    for at, which, part in walk.batches.in_order(parts):
         sums[layers[at]][which].merge(part)
     return sums
 
@@ -93,7 +93,7 @@ def _kept(rows: Tensor, keep: Tensor) -> Tensor:
 
 
 def _floating_output(
-    walk: Lockstep, source: Node, layer: Node, parameters: Parameters, index: int, keep: Tensor
+    walk: PairedWalk, source: Node, layer: Node, parameters: Parameters, index: int, keep: Tensor
 ) -> Tensor:
     """The floating-point path's output, (rows kept, outputs), with what the residual stream misses."""
     missing = walk.missing_in_sum(layer, index)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.config.layer_settings import LayerSettings
 from qwt_fx.graph.aten import LINEAR
+from qwt_fx.graph.correspondence import Correspondence
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import find_node, is_call
 from qwt_fx.graph.pass_base import Change, Skip
@@ -32,10 +32,10 @@ from qwt_fx.text.token_map import token_masks
 aten = torch.ops.aten
 
 
-class Lockstep:
+class PairedWalk:
     """Both graphs at the point reached, and which rows of which batch are used for what.
 
-    A batch's index counts the batches of this rank; `share` knows all of them.
+    A batch's index counts the batches of this rank; `batches` knows all of them.
 
     Between two groups the quantized graph holds, for every batch, the values that later nodes still
     read: at most a block's widest value and its residual. The floating-point graph is one step ahead: it
@@ -47,7 +47,7 @@ class Lockstep:
         self,
         gm: GraphModule,
         reference: GraphModule,
-        batches: Any,
+        batches: DistributedBatches,
         groups: list[LayerGroup],
         settings: LayerSettings,
         journal: Journal = NO_JOURNAL,
@@ -58,15 +58,15 @@ class Lockstep:
         self.reference = reference
         self.settings = settings
         self.journal = journal
-        self.share = DistributedBatches.of(batches)
-        mine, sizes = self.share.batches, self.share.sizes
+        self.batches = batches
         store = store or ValueStore()
-        self._quantized = BlockRunner(gm, mine, store)
-        self._floating = BlockRunner(reference, mine, store)
-        judges = torch.split(held_out_samples(self.share.samples, settings.hold_out), sizes)
-        self._judges = self.share.of_mine(judges)
+        self._quantized = BlockRunner(gm, batches.batches, store)
+        self._floating = BlockRunner(reference, batches.batches, store)
+        held_out = held_out_samples(batches.samples, settings.hold_out)
+        self._judges = batches.of_mine(torch.split(held_out, batches.sizes))
         boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
-        self._tokens = token_masks(gm, mine, [*(g.source for g in groups), *boundary])
+        self._tokens = token_masks(gm, batches.batches, [*(g.source for g in groups), *boundary])
+        self.twin = Correspondence(reference).twin
         self._position = {node: at for at, node in enumerate(reference.graph.nodes)}
         layers = [layer for g in groups for layer in g.layers]
         self._outputs = {layer: self._output_of(layer) for layer in layers}
@@ -75,7 +75,7 @@ class Lockstep:
         self._blocks: BlockCompensation | None = None
         if compensation is not None:
             self._blocks = BlockCompensation(
-                compensation, self._quantized, self._floating, self.share, journal, self._tokens
+                compensation, self._quantized, self._floating, batches, journal, self._tokens
             )
 
     def release(self) -> None:
@@ -99,22 +99,22 @@ class Lockstep:
 
     def _targets_of(self, group: LayerGroup) -> set[Node]:
         """The floating-point nodes whose values a group's layers are fitted with."""
-        found = set()
+        targets = set()
         for layer in group.layers:
             if layer in self._sums:
-                found.add(self._sums[layer])
+                targets.add(self._sums[layer])
                 continue
-            residual = residual_of(layer)
-            found |= {self._outputs[layer] or self.twin(group.source)}
-            found |= set() if residual is None else {self.twin(residual)}
-        return found
+            targets.add(self._outputs[layer] or self.twin(group.source))
+            if (residual := residual_of(layer)) is not None:
+                targets.add(self.twin(residual))
+        return targets
 
     def _sums_of(self, groups: list[LayerGroup]) -> dict[Node, Node]:
         """The floating-point sum of each layer's output and a residual that is known before it.
 
         It says what both say, in half the memory.
         """
-        found = {}
+        sums = {}
         order = {node: at for at, node in enumerate(self.gm.graph.nodes)}
         for group in groups:
             for layer in group.layers:
@@ -122,8 +122,8 @@ class Lockstep:
                 if output is None or residual is None or order[residual] > order[group.source]:
                     continue
                 if residual_of(output) is self.twin(residual):
-                    (found[layer],) = output.users
-        return found
+                    (sums[layer],) = output.users
+        return sums
 
     def _output_of(self, layer: Node) -> Node | None:
         """The floating-point layer, if the rows of its output are those of the value it reads."""
@@ -134,10 +134,6 @@ class Lockstep:
         if isinstance(source, Node) and is_fake_quant(self.gm, source):
             source = source.args[0]
         return twin if isinstance(source, Node) and twin.args[0] is self.twin(source) else None
-
-    def twin(self, node: Node) -> Node:
-        """The floating-point graph's node of the same name, or of the name of what it replaced."""
-        return find_node(self.reference, str(node.meta.get("replaces", node.name)))
 
     def values(self, node: Node) -> Sequence[Tensor]:
         """The quantized path's value of each of this rank's batches, (samples, ...)."""
@@ -169,24 +165,17 @@ class Lockstep:
         theirs = self._floating.envs[index].get(self.twin(node))
         return None if ours is None or theirs is None else wide(theirs) - wide(ours)
 
-    def transform(self, origin: Node, rescale: Rescale) -> None:
-        """Bring the quantized path's values made of `origin` up to date: x / scale - shift."""
-        known = self._quantized.envs[0]
-        pending, moved = [origin], {origin}
-        while pending:
-            for user in pending.pop().users:
-                if user in known and user not in moved:
-                    moved.add(user)
-                    pending.append(user)
-        for env in self._quantized.envs:
-            for node in moved & set(env):
-                scale, shift = (v.to(env[node].dtype) for v in (rescale.scale, rescale.shift))
-                env[node] = env[node] / scale - shift
+    def rescaled(self, origin: Node, rescale: Rescale) -> None:
+        """Bring the values up to date where the quantized graph makes x / scale - shift at `origin`."""
 
-    def follow(self, source: Node, new: Node) -> None:
-        """Run up to a node inserted behind `source`; its rows count as those of `source` do."""
-        for proof in self._tokens:
-            proof.follow(source.name, new.name)
+        def change(value: Tensor) -> Tensor:
+            scale, shift = (v.to(value.dtype) for v in (rescale.scale, rescale.shift))
+            return value / scale - shift
+
+        self._quantized.revise(origin, change)
+
+    def inserted(self, new: Node) -> None:
+        """Run a node that was put into the quantized graph at the point reached."""
         self._quantized.advance(new)
 
     def mask(self, source: Node, index: int, *, behind_end: bool) -> Tensor | None:
@@ -195,7 +184,8 @@ class Lockstep:
         behind_end: leave out positions behind the end of a text where they provably cannot matter.
         """
         first = not self.first_is_constant
-        return self._tokens[index].counting(source.name, behind_end=behind_end, first=first)
+        name = Correspondence.name_of(source)
+        return self._tokens[index].counting(name, behind_end=behind_end, first=first)
 
     @property
     def first_is_constant(self) -> bool:
@@ -208,8 +198,8 @@ class Lockstep:
         weight: the layer's, (o, ...). A layer with more inputs than outputs is summed over a fixed
         random part of the rows.
         """
-        number = self.share.numbers[index]
-        batch = self.share.sizes[number]
+        number = self.batches.numbers[index]
+        batch = self.batches.sizes[number]
         x = self._quantized.envs[index][source]
         samples = None
         if layer.target is aten.linear.default:
@@ -225,8 +215,9 @@ class Lockstep:
             keep = keep[mask.cpu()]
         inputs, outputs = weight.flatten(1).shape[1], len(weight)
         tokens = max(self.settings.tokens_per_input * inputs, CHUNK)  # a narrow layer's cost little
-        share = -(-tokens // len(self.share.sizes))
-        if inputs > outputs and share < len(keep):
+        tokens_per_batch = -(-tokens // len(self.batches.sizes))
+        if inputs > outputs and tokens_per_batch < len(keep):
             generator = torch.Generator().manual_seed(number)
-            keep = keep[torch.randperm(len(keep), generator=generator)[:share].sort().values]
+            chosen = torch.randperm(len(keep), generator=generator)[:tokens_per_batch]
+            keep = keep[chosen.sort().values]
         return keep.to(x.device), self._judges[index][samples[keep]].to(x.device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qwt_fx.calibrate.paired_walk import Lockstep
+from qwt_fx.calibrate.paired_walk import PairedWalk
 from qwt_fx.graph.sample_ids import batch_axis
 from qwt_fx.numerics.histogram import Histogram, Mass, gather_mass
 from qwt_fx.quant.layer_groups import LayerGroup
@@ -15,7 +15,7 @@ from qwt_fx.quant.layer_groups import LayerGroup
 _APART = 4.0  # a position this many times larger than the median one may get its own scale
 
 
-def find_token_scale(walk: Lockstep, group: LayerGroup) -> Tensor | None:
+def find_token_scale(walk: PairedWalk, group: LayerGroup) -> Tensor | None:
     """Powers of two that bring the few far larger positions down to the others.
 
     (length, 1) for values (samples, length, channels), (length, 1, 1) for (length, samples, channels);
@@ -25,9 +25,9 @@ def find_token_scale(walk: Lockstep, group: LayerGroup) -> Tensor | None:
     batch = batch_axis(group.source)
     if values[0].dim() != 3 or batch not in (0, 1):
         return None
-    found = list(walk.share.in_order(lambda index: [values[index].abs().amax(dim=(batch, 2))]))
-    factor: Tensor | None = walk.share.ranks.from_first(
-        lambda: _factors(torch.stack(found).amax(dim=0), walk.first_is_constant)
+    largest = list(walk.batches.in_order(lambda index: [values[index].abs().amax(dim=(batch, 2))]))
+    factor: Tensor | None = walk.batches.ranks.from_first(
+        lambda: _factors(torch.stack(largest).amax(dim=0), walk.first_is_constant)
     )
     if factor is None:
         return None
@@ -46,12 +46,12 @@ def _factors(largest: Tensor, first_is_constant: bool) -> Tensor | None:
 
 
 def histograms_apart(
-    walk: Lockstep, group: LayerGroup, token_scale: Tensor, channels: int
+    walk: PairedWalk, group: LayerGroup, token_scale: Tensor, channels: int
 ) -> dict[float, Histogram]:
     """The values with every position divided by its scale, by scale; on the first rank."""
     values = walk.values(group.source)
     factors = sorted(set(token_scale.flatten().tolist()))
-    found = {factor: Histogram(channels, token_scale.device) for factor in factors}
+    histograms = {factor: Histogram(channels, token_scale.device) for factor in factors}
 
     def parts(index: int) -> Iterator[tuple[float, list[Tensor]]]:
         for factor in factors:
@@ -62,9 +62,9 @@ def histograms_apart(
             picked = x[:, chosen] if token_scale.dim() == 2 else x[chosen]
             yield factor, Histogram.part(picked.reshape(-1, channels) / factor)
 
-    for factor, part in walk.share.in_order(parts):
-        found[factor].merge(part)
-    return found
+    for factor, part in walk.batches.in_order(parts):
+        histograms[factor].merge(part)
+    return histograms
 
 
 def mass_apart(histograms: dict[float, Histogram], importance: Tensor) -> Mass:
@@ -73,5 +73,5 @@ def mass_apart(histograms: dict[float, Histogram], importance: Tensor) -> Mass:
         gather_mass(histogram.entries(), importance * factor**2)
         for factor, histogram in histograms.items()
     ]
-    joined = (torch.cat([getattr(p, f) for p in parts]) for f in ("value", "half", "weight"))
+    joined = (torch.cat([getattr(p, f) for p in parts]) for f in ("value", "half_width", "weight"))
     return Mass(*joined)

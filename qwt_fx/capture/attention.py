@@ -7,15 +7,16 @@ after Q K^T, as RepQ-ViT's published attention does, so that q and k are quantiz
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.graph_info import graph_info
-from qwt_fx.graph.nodes import argument, layer_name, shape_of
+from qwt_fx.graph.nodes import argument, dtype_of, layer_name, shape_of
 from qwt_fx.text.text_length import cut_to_length
 
 aten = torch.ops.aten
@@ -55,7 +56,7 @@ def decompose_attention(gm: GraphModule, node: Node) -> Node:
     scale = 1.0 / math.sqrt(shape[-1]) if scale is None else float(scale)
     name = layer_name(node)
 
-    def call(target: Any, *args: Any, layer: str | None = None) -> Node:
+    def call(target: Callable[..., object], *args: Argument, layer: str | None = None) -> Node:
         new = gm.graph.call_function(target, args)
         if "nn_module_stack" in node.meta:
             new.meta["nn_module_stack"] = node.meta["nn_module_stack"]
@@ -95,5 +96,4 @@ def _device(node: Node) -> torch.device:
 
 
 def _is_boolean(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype is torch.bool
+    return dtype_of(node) is torch.bool

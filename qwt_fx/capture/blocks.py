@@ -77,15 +77,15 @@ def _boundary(nodes: list[Node]) -> tuple[Node, Node] | None:
 def find_blocks(gm: GraphModule) -> list[Block]:
     """The graph's transformer blocks in execution order; an empty list when there are none."""
     paths = {node: module_path(node) for node in gm.graph.nodes if node.op == "call_function"}
-    found: dict[str, Block | None] = {}
+    blocks: dict[str, Block | None] = {}
     for attention in (n for n in paths if _is_attention(n)):
         for module in _indexed_ancestors(paths[attention]):
-            if module in found:
+            if module in blocks:
                 break
             nodes = [n for n, path in paths.items() if _inside(path, module)]
             if not _holds_a_block(nodes):
                 continue
             boundary = _boundary(nodes)
-            found[module] = boundary and Block(module, boundary[0].name, boundary[1].name)
+            blocks[module] = boundary and Block(module, boundary[0].name, boundary[1].name)
             break
-    return [block for block in found.values() if block is not None]
+    return [block for block in blocks.values() if block is not None]

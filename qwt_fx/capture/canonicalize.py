@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from torch.fx import GraphModule, Node
 from qwt_fx.capture.rms_norm import fuse_rms_norms
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph.constants import constant_value
-from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.edits import add_tensor, described
 from qwt_fx.graph.graph_source import recompile
-from qwt_fx.graph.nodes import ancestors, argument, get_attr, is_constant
+from qwt_fx.graph.nodes import ancestors, argument, dtype_of, get_attr, is_constant
 from qwt_fx.graph.runner import Env
 
 aten = torch.ops.aten
@@ -93,11 +92,6 @@ def _remove_checks(gm: GraphModule) -> None:
     gm.graph.eliminate_dead_code()
 
 
-def _dtype(node: object) -> torch.dtype | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return value.dtype if isinstance(value, Tensor) else None
-
-
 def _remove_identities(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
@@ -113,12 +107,12 @@ def _remove_identities(gm: GraphModule) -> None:
             node.target = aten.reshape.default
         elif node.target in _PADS and not any(argument(node, 1, "pad")):
             _erase(gm, node, source)
-        elif node.target in _CASTS and _dtype(node) is not None:
-            if _dtype(node) == _dtype(source):
+        elif node.target in _CASTS and dtype_of(node) is not None:
+            if dtype_of(node) == dtype_of(source):
                 _erase(gm, node, source)
             else:  # keeps the dtype, drops any literal device
                 node.target = aten.to.dtype
-                node.args, node.kwargs = (source, _dtype(node)), {}
+                node.args, node.kwargs = (source, dtype_of(node)), {}
 
 
 def _fold_constants(gm: GraphModule) -> None:
@@ -141,7 +135,7 @@ def _fold_constants(gm: GraphModule) -> None:
             value = constant_value(gm, node, cache)
         with gm.graph.inserting_before(node):
             buffer = add_tensor(gm, f"constant_{node.name}", value.detach().contiguous().clone())
-        buffer.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+        buffer.meta = described(node)
         _erase(gm, node, buffer)
     gm.graph.eliminate_dead_code()
 
@@ -166,15 +160,15 @@ def _follow_devices(gm: GraphModule) -> None:
             continue
         if anchor is None:
             raise CaptureError(f"{node.name}: a factory call, and the model has no tensor input")
-        dtype = _dtype(node)
+        dtype = dtype_of(node)
         with gm.graph.inserting_before(node):
             new = _REWRITES.get(node.target, _new_filled)(gm, node, anchor, dtype)
-        new.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+        new.meta = described(node)
         _erase(gm, node, new)
 
 
 def _new_filled(gm: GraphModule, node: Node, anchor: Node, dtype: torch.dtype | None) -> Node:
-    value: Any
+    value: object
     if node.target is aten.full.default:
         size, value = node.args[0], node.args[1]
     elif node.target is aten.scalar_tensor.default:
@@ -203,7 +197,7 @@ def _new_range(gm: GraphModule, node: Node, anchor: Node, dtype: torch.dtype | N
     )
 
 
-_REWRITES: dict[Any, Callable[[GraphModule, Node, Node, torch.dtype | None], Node]] = {
+_REWRITES: dict[object, Callable[[GraphModule, Node, Node, torch.dtype | None], Node]] = {
     aten.arange.default: _new_range,
     aten.arange.start: _new_range,
     aten.arange.start_step: _new_range,

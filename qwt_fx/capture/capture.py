@@ -14,12 +14,11 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from qwt_fx.capture.blocks import find_blocks, module_path
 from qwt_fx.capture.canonicalize import canonicalize
@@ -34,7 +33,7 @@ from qwt_fx.text.token_ids import NotProved
 _MAX_BATCH = 1 << 20
 
 
-def _batch_size(tensors: Mapping[str, Any]) -> int:
+def _batch_size(tensors: Mapping[str, object]) -> int:
     sizes = {
         name: int(value.shape[0])
         for name, value in tensors.items()
@@ -47,7 +46,7 @@ def _batch_size(tensors: Mapping[str, Any]) -> int:
     return next(iter(sizes.values()))
 
 
-def _with_two_samples(value: Any, batch: int) -> Any:
+def _with_two_samples(value: object, batch: int) -> object:
     """Export treats sizes 0 and 1 as constants, so a single sample is repeated."""
     if isinstance(value, Tensor) and value.dim() > 0 and batch == 1:
         return value.repeat(2, *([1] * (value.dim() - 1)))
@@ -72,11 +71,11 @@ def _export_conditions(model: nn.Module) -> Iterator[None]:
 
 def _export(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     names: Sequence[str],
     strict: bool,
-    length: Any = None,
+    length: object = None,
 ) -> ExportedProgram:
     batch = Dim("batch", min=1, max=_MAX_BATCH)
     values = dict(zip(names, (*args, *kwargs.values()), strict=True))
@@ -96,7 +95,7 @@ def _export(
 
 
 def _argument_names(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> list[str]:
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -186,8 +185,8 @@ def _require_dynamic_batch(exported: ExportedProgram | GraphModule) -> None:
 
 def capture(
     model: nn.Module | ExportedProgram,
-    example_inputs: tuple[Any, ...] | Tensor,
-    kwargs: Mapping[str, Any] | None = None,
+    example_inputs: tuple[object, ...] | Tensor,
+    kwargs: Mapping[str, object] | None = None,
     *,
     strict: bool = False,
 ) -> GraphModule:
@@ -233,7 +232,7 @@ def capture(
         if ids is None:
             return _captured(_export(model, args, named, names, strict))
         try:
-            return _of_any_length(model, args, named, names, strict)
+            return _of_any_length(model, ids, next(iter(named), None), names, strict)
         except (CaptureError, NotProved) as failure:
             gm = _captured(_export(model, args, named, names, strict))
             graph_info(gm).fixed_length = str(failure)
@@ -260,32 +259,31 @@ def _canonical(gm: GraphModule, full: Tensor | None = None) -> GraphModule:
 
 
 def _of_any_length(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    names: Sequence[str],
-    strict: bool,
+    model: nn.Module, full: Tensor, keyword: str | None, names: Sequence[str], strict: bool
 ) -> GraphModule:
-    """Capture with a dynamic length. Raises where it fails, or where nothing proves its use."""
+    """Capture with a dynamic length. Raises where it fails, or where nothing proves its use.
 
-    def example(ids: Tensor) -> Tensor:
-        return ids[:, :-1].contiguous()
+    full: ids of full length; keyword: the input they are, where it is not the first positional one.
+    """
 
-    (full,) = args or kwargs.values()
-    shorter = tuple(example(a) for a in args), {k: example(v) for k, v in kwargs.items()}
+    def inputs(ids: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
+        return ((ids,), {}) if keyword is None else ((), {keyword: ids})
+
+    def run(ids: Tensor) -> object:
+        args, kwargs = inputs(ids)
+        return model(*args, **kwargs)
+
+    shorter = inputs(full[:, :-1].contiguous())
     # One below the context: export refuses a range that holds a size it took for another case,
     # and a cut of a whole table is one. Its guards are not kept, and full length is tried out.
     length = Dim("length", min=1, max=full.shape[1] - 1)
     gm = _captured(_export(model, *shorter, names, strict, length), full)
-    keywords = tuple(kwargs)
-    end = find_end_of_text(
-        gm, lambda ids: model(**{keywords[0]: ids}) if keywords else model(ids), full
-    )
+    end = find_end_of_text(gm, run, full)
     info = graph_info(gm)
     info.end_of_text, info.context_length = end.name, int(full.shape[1])
     return gm
 
 
-def _mutates(node: Any) -> bool:
+def _mutates(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)

@@ -9,11 +9,11 @@ see one norm with one weight.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.aten import RMS_NORM
-from qwt_fx.graph.nodes import argument, is_call, is_constant, shape_of
+from qwt_fx.graph.edits import described
+from qwt_fx.graph.nodes import argument, dtype_of, is_call, is_constant, shape_of
 
 aten = torch.ops.aten
 _MUL, _ADDS = aten.mul.Tensor, frozenset({aten.add.Tensor, aten.add.Scalar})
@@ -25,7 +25,7 @@ def fuse_rms_norms(gm: GraphModule) -> int:
     Left alone: one whose inner values something else reads, or that normalizes other dimensions than
     the last. A weight behind a cast stays outside the norm.
     """
-    found = 0
+    count = 0
     for root in [n for n in gm.graph.nodes if is_call(n, {aten.rsqrt.default})]:
         match = _match(root)
         if match is None:
@@ -34,11 +34,11 @@ def fuse_rms_norms(gm: GraphModule) -> int:
         width = x.meta["val"].shape[-1]
         with gm.graph.inserting_before(last):
             new = gm.graph.call_function(RMS_NORM, (x, [width], weight, eps))
-        new.meta = {k: v for k, v in last.meta.items() if k in ("val", "nn_module_stack")}
+        new.meta = described(last)
         last.replace_all_uses_with(new)
-        found += 1
+        count += 1
     gm.graph.eliminate_dead_code()
-    return found
+    return count
 
 
 def _match(rsqrt: Node) -> tuple[Node, Node | None, float, Node] | None:
@@ -94,5 +94,4 @@ def _is_channel_weight(node: Node, x: Node) -> bool:
 
 
 def _same_dtype(first: Node, second: Node) -> bool:
-    left, right = first.meta.get("val"), second.meta.get("val")
-    return isinstance(left, Tensor) and isinstance(right, Tensor) and left.dtype == right.dtype
+    return dtype_of(first) is not None and dtype_of(first) == dtype_of(second)

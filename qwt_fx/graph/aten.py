@@ -46,3 +46,6 @@ SHAPE_ONLY = frozenset(
         aten.detach.default,
     }
 )
+MOVES = SHAPE_ONLY | {
+    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+}  # fmt: skip

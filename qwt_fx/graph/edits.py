@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 
+def described(node: Node) -> dict[str, object]:
+    """What a new node in a node's place records of it: its value's shape and type, its module."""
+    return {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+
+
 def add_tensor(gm: GraphModule, base: str, value: Tensor, *, parameter: bool = False) -> Node:
     """Register a tensor under a fresh name and return its `get_attr` node.
 

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.fx import GraphModule
 
 from qwt_fx.errors import PreconditionError
 
 _INFO_KEY = "qwt_fx"
+
+Record: TypeAlias = dict[str, Any]
+"""A record as a report holds it: JSON values by name."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,15 @@ class GraphInfo:
     """
 
     blocks: list[Block] = field(default_factory=list)
-    passes: list[dict[str, Any]] = field(default_factory=list)
-    compensations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    passes: list[Record] = field(default_factory=list)
+    compensations: dict[str, Record] = field(default_factory=dict)
+    layers: dict[str, Record] = field(default_factory=dict)
     unstorable: str | None = None
     constant_token: int | None = None
     end_of_text: str | None = None
     context_length: int | None = None
     fixed_length: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Record = field(default_factory=dict)
 
 
 def graph_info(gm: GraphModule) -> GraphInfo:

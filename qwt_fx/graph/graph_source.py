@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import linecache
 import weakref
-from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, graph_module
@@ -42,7 +41,7 @@ def copy_sharing_tensors(gm: GraphModule) -> GraphModule:
     Moving or converting one (`.to`, `.half`) leaves the other alone; writing into a tensor in place
     changes both. `copy.deepcopy` of the copy shares nothing any more.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for tensor in (*gm.parameters(), *gm.buffers()):
         alias = tensor.detach()
         is_parameter = isinstance(tensor, nn.Parameter)

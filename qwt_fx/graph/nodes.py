@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, MATMULS, OTHER_PRODUCTS, SDPA, SHAPE_ONLY
+from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, MATMULS, MOVES, OTHER_PRODUCTS, SDPA, SHAPE_ONLY
 
 aten = torch.ops.aten
 
@@ -30,21 +30,21 @@ def find_node(gm: GraphModule, name: str) -> Node:
     raise PreconditionError(f"the graph has no node {name!r}")
 
 
-def is_call(node: object, targets: Iterable[Any]) -> bool:
+def is_call(node: object, targets: Container[object]) -> bool:
     """Whether this is a call of one of the given functions."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
 def ancestors(node: Node) -> set[Node]:
     """The node and every node its value is computed from."""
-    found: set[Node] = set()
+    reached: set[Node] = set()
     pending = [node]
     while pending:
         current = pending.pop()
-        if current not in found:
-            found.add(current)
+        if current not in reached:
+            reached.add(current)
             pending.extend(current.all_input_nodes)
-    return found
+    return reached
 
 
 def is_constant(node: Node) -> bool:
@@ -61,7 +61,7 @@ def tensor_of(gm: GraphModule, node: object) -> Tensor | None:
     return None
 
 
-def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+def argument(node: Node, index: int, name: str, default: object = None) -> Any:
     """An argument of a call, given by position or by keyword."""
     if len(node.args) > index:
         return node.args[index]
@@ -101,10 +101,21 @@ def strip_weight(parameter: str) -> str:
     return parameter
 
 
-def shape_of(node: Node) -> tuple[Any, ...] | None:
+def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:
     """The (possibly symbolic) shape recorded at capture; `None` where nothing was recorded."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def dtype_of(node: object) -> torch.dtype | None:
+    """The dtype recorded at capture; `None` where nothing was recorded."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def is_move(node: Node) -> bool:
+    """Whether the node only moves elements, or is an element of what does."""
+    return is_call(node, MOVES) or getattr(node.target, "__name__", "") == "getitem"
 
 
 def keeps_last_dim(node: Node) -> bool:

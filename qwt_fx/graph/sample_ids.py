@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,12 +11,16 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from qwt_fx.graph.aten import SHAPE_ONLY
-from qwt_fx.graph.nodes import is_call
+from qwt_fx.graph.nodes import is_call, shape_of
+from qwt_fx.graph.runner import Env, Value
 
 aten = torch.ops.aten
 
 
-def resolve(size: Any, batch: int) -> int:
+Size: TypeAlias = int | torch.SymInt
+
+
+def resolve(size: Size, batch: int) -> int:
     """A recorded size with its symbol, the number of samples, set to `batch`."""
     if isinstance(size, int):
         return size
@@ -24,13 +28,13 @@ def resolve(size: Any, batch: int) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 
-def run_move(node: Node, env: dict[Node, Any], batch: int) -> Any:
+def run_move(node: Node, env: Env, batch: int) -> Value:
     """Run an op that only moves elements on other elements; symbolic sizes become those of `batch`.
 
     Raises `KeyError` for an argument that is neither in `env` nor a recorded size.
     """
 
-    def value(n: Node) -> Any:
+    def value(n: Node) -> Value:
         if n in env:
             return env[n]
         recorded = n.meta.get("val")
@@ -38,9 +42,10 @@ def run_move(node: Node, env: dict[Node, Any], batch: int) -> Any:
             return resolve(recorded, batch)
         raise KeyError(n.name)
 
-    target: Any = node.target
+    target = node.target
     if target in (aten.view.default, aten._unsafe_view.default):
         target = aten.reshape.default
+    assert callable(target)  # call_function nodes hold a callable
     args, kwargs = map_arg((node.args, node.kwargs), value)
     return target(*args, **kwargs)
 
@@ -60,7 +65,7 @@ def sample_ids(node: Node, shape: Sequence[int], batch: int) -> Tensor | None:
     sizes = [resolve(s, batch) for s in chain[-1].meta["val"].shape]
     view = [1] * len(sizes)
     view[axis] = batch
-    env: dict[Node, Any] = {chain[-1]: torch.arange(batch).reshape(view).expand(sizes)}
+    env: Env = {chain[-1]: torch.arange(batch).reshape(view).expand(sizes)}
     for move in reversed(chain[:-1]):
         env[move] = run_move(move, env, batch)
     ids: Tensor = env[node]
@@ -69,10 +74,7 @@ def sample_ids(node: Node, shape: Sequence[int], batch: int) -> Tensor | None:
 
 def batch_axis(node: Node) -> int | None:
     """The dimension whose size is the number of samples and nothing else."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    for axis, size in enumerate(value.shape):
+    for axis, size in enumerate(shape_of(node) or ()):
         if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
             return axis
     return None

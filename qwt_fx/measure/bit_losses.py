@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.batch import Batch
 from qwt_fx.graph.nodes import layer_name
 from qwt_fx.measure.sensitivity import OutputProbe, weight_operand
 from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_of, set_mode
@@ -36,7 +37,7 @@ class BitLoss:
         bits: the width.
         elements: number of weights; 0 for an input, which takes no room in a file.
         error: squared error of the model's output relative to its energy.
-        agreement: share of the samples whose nearest partner stays the same, in [0, 1]; `None`
+        agreement: fraction of the samples whose nearest partner stays the same, in [0, 1]; `None`
             where nobody judges.
     """
 
@@ -64,7 +65,7 @@ class BitLoss:
 
 def measure_bits(
     gm: GraphModule,
-    batch: Any,
+    batch: Batch,
     widths: Mapping[str, Sequence[int]],
     *,
     fixed: Callable[[str], bool] = lambda name: False,

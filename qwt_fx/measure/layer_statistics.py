@@ -8,17 +8,17 @@ rounded weights only (calibration recorded both, see `qwt_fx.measure.measure`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.batch import Batch
 from qwt_fx.graph.aten import SHAPE_ONLY
 from qwt_fx.graph.constants import constant_value
 from qwt_fx.graph.nodes import is_call, layer_name, weight_layers
 from qwt_fx.graph.runner import Env, execute, run_all
-from qwt_fx.measure.measure import clipped_share
+from qwt_fx.measure.measure import clipped_fraction
 from qwt_fx.measure.sensitivity import OutputProbe
 from qwt_fx.quant import torch_ao
 from qwt_fx.quant.quantizers import Quantizer, quantizer_at
@@ -27,7 +27,7 @@ BINS = 72
 
 
 @dataclass(frozen=True)
-class Histogram:
+class LevelHistogram:
     """Counts of equal bins between `low` and `high`, and the levels a quantizer offers.
 
     Attributes:
@@ -52,7 +52,7 @@ class LayerStatistics:
     """One layer on one batch.
 
     Attributes:
-        clipped: share of its input outside the codes' range, in [0, 1]; `None` if not quantized.
+        clipped: fraction of its input outside the codes' range, in [0, 1]; `None` if not quantized.
         error: squared error of its output caused by its input's quantizer, relative to the output.
         values: histogram of its input.
         channel_low, channel_high: extremes of each channel of its input (the last dimension of a
@@ -61,14 +61,14 @@ class LayerStatistics:
 
     clipped: float | None
     error: float | None
-    values: Histogram
+    values: LevelHistogram
     channel_low: tuple[float, ...]
     channel_high: tuple[float, ...]
 
 
-def layer_statistics(gm: GraphModule, batch: Any) -> dict[str, LayerStatistics]:
+def layer_statistics(gm: GraphModule, batch: Batch) -> dict[str, LayerStatistics]:
     """Statistics of every linear and convolution of a converted or floating-point graph."""
-    found: dict[str, LayerStatistics] = {}
+    statistics: dict[str, LayerStatistics] = {}
     layers = set(weight_layers(gm))
     read = {node: _quantize_node(node.args[0]) for node in layers}
     held: dict[Node, Tensor] = {}
@@ -83,10 +83,10 @@ def layer_statistics(gm: GraphModule, batch: Any) -> dict[str, LayerStatistics]:
             assert isinstance(source, Node)
             held[layer] = env[source]
         if node in layers:
-            found[layer_name(node)] = _statistics(gm, node, env, held.pop(node, None))
+            statistics[layer_name(node)] = _statistics(gm, node, env, held.pop(node, None))
 
     run_all(gm, batch, visit)
-    return found
+    return statistics
 
 
 def _quantize_node(operand: object) -> Node | None:
@@ -118,7 +118,7 @@ def _statistics(gm: GraphModule, layer: Node, env: Env, exact: Tensor | None) ->
     rows = x.float().reshape(-1, x.shape[-1]) if x.dim() != 4 else x.float().flatten(2)
     channels = (0,) if x.dim() != 4 else (0, 2)
     return LayerStatistics(
-        clipped=None if exact is None else clipped_share(exact, quantizer),
+        clipped=None if exact is None else clipped_fraction(exact, quantizer),
         error=error,
         values=histogram(x, quantizer if exact is not None else None),
         channel_low=tuple(rows.amin(dim=channels).tolist()),
@@ -133,23 +133,23 @@ def _plain(source: Node) -> bool:
     return is_call(source, {torch_ao.DEQUANTIZE_PER_TENSOR})
 
 
-def histogram(x: Tensor, quantizer: Quantizer | None) -> Histogram:
-    """Histogram of finite values with the levels of an affine quantizer of one scale."""
+def histogram(x: Tensor, quantizer: Quantizer | None) -> LevelHistogram:
+    """LevelHistogram of finite values with the levels of an affine quantizer of one scale."""
     flat = x.detach().float().flatten()
     low, high = float(flat.min()), float(flat.max())
     if high <= low:
         high = low + max(abs(low), 1.0) * 1e-6
     counts = torch.histc(flat, BINS, low, high).long().tolist()
     if quantizer is None or quantizer.zero_point is None or quantizer.scale.numel() != 1:
-        return Histogram(low, high, tuple(counts), None, None, None)
+        return LevelHistogram(low, high, tuple(counts), None, None, None)
     step, zero = float(quantizer.scale), float(quantizer.zero_point)
     last = (2**quantizer.bits - 1 - zero) * step
-    return Histogram(low, high, tuple(counts), step, -zero * step, last, 2**quantizer.bits)
+    return LevelHistogram(low, high, tuple(counts), step, -zero * step, last, 2**quantizer.bits)
 
 
-def weight_histograms(gm: GraphModule) -> dict[str, Histogram]:
+def weight_histograms(gm: GraphModule) -> dict[str, LevelHistogram]:
     """How often each level is used by each layer's weights: one bin a level, in units of the step."""
-    found = {}
+    histograms = {}
     for layer in weight_layers(gm):
         node = layer.args[1]
         if not is_call(node, {torch_ao.DEQUANTIZE_PER_CHANNEL}):
@@ -164,20 +164,20 @@ def weight_histograms(gm: GraphModule) -> dict[str, Histogram]:
         first = -int(quantizer.zero_point.max())
         last = 2**quantizer.bits - 1 - int(quantizer.zero_point.min())
         counts = torch.bincount(codes - first, minlength=last - first + 1).tolist()
-        found[layer_name(layer)] = Histogram(
+        histograms[layer_name(layer)] = LevelHistogram(
             first - 0.5, last + 0.5, tuple(counts), 1.0, first, last, 2**quantizer.bits
         )
-    return found
+    return histograms
 
 
-def contributions(gm: GraphModule, batch: Any, errors: dict[str, float]) -> dict[str, float]:
+def contributions(gm: GraphModule, batch: Batch, errors: dict[str, float]) -> dict[str, float]:
     """What each layer's own error does to the model's output, by layer name.
 
     errors: squared error of the layer's output, relative to its energy. Noise of that energy, white and
     seeded, is added to the output of one layer at a time, and the rest of the graph is run: the
     squared error of the model's output relative to its energy.
     """
-    found: dict[str, float] = {}
+    contributed: dict[str, float] = {}
     layers = set(weight_layers(gm))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -190,5 +190,5 @@ def contributions(gm: GraphModule, batch: Any, errors: dict[str, float]) -> dict
             noise = torch.randn(value.shape, generator=generator).to(value)
             size = (error * value.float().square().mean()).sqrt()
             outputs = probe.outputs({node: value + noise * size.to(value.dtype)})
-            found[layer_name(node)] = probe.error(outputs)
-    return found
+            contributed[layer_name(node)] = probe.error(outputs)
+    return contributed

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.batch import Batch
 from qwt_fx.graph.constants import constant_value
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import layer_name, weight_layers
@@ -30,11 +30,11 @@ def sqnr_db(reference: Tensor, quantized: Tensor) -> float:
     return 10.0 * (math.log10(signal) - math.log10(noise)) if signal > 0.0 else -math.inf
 
 
-def measure_layers(gm: GraphModule, batch: Any) -> None:
+def measure_layers(gm: GraphModule, batch: Batch) -> None:
     """Record what quantization does to each layer in the graph's `GraphInfo.layers`.
 
     `sqnr_db`, of the layer's output, in dB: its own error alone, both sides read the same,
-    quantized-upstream input; `clipped`, the share of its input outside the codes' range, in [0, 1];
+    quantized-upstream input; `clipped`, the fraction of its input outside the codes' range, in [0, 1];
     `scales`, the mean scale of its input's and its weight's quantizer, by which a change made later is
     seen. A calibrated graph before conversion is expected; layers without quantizers get no record.
     """
@@ -55,7 +55,9 @@ def measure_layers(gm: GraphModule, batch: Any) -> None:
         for layer in readers.get(node, ()):  # the quantizer is about to read the input
             held[layer] = env[operands[layer][0]]
             module = fake_quant_of(gm, node)
-            clipped[layer] = clipped_share(held[layer], quantizer_at(gm, node), module.token_scale)
+            clipped[layer] = clipped_fraction(
+                held[layer], quantizer_at(gm, node), module.token_scale
+            )
         if node not in operands:
             return
         source, weight = operands[node]
@@ -72,10 +74,10 @@ def measure_layers(gm: GraphModule, batch: Any) -> None:
     run_all(gm, batch, visit)
 
 
-def clipped_share(
+def clipped_fraction(
     x: Tensor, quantizer: Quantizer | None, token_scale: Tensor | None = None
 ) -> float | None:
-    """Share of the elements that the codes cannot reach within half a step; `None` without a range.
+    """Fraction of the elements that the codes cannot reach within half a step; `None` without a range.
 
     x: (..., channels); the quantizer's scale is () or (channels,). token_scale: see `FakeQuant`.
     """
@@ -90,12 +92,12 @@ def clipped_share(
 
 def mean_scales(gm: GraphModule, layer: Node) -> dict[str, float]:
     """Mean scale of a layer's "input" and "weight" quantizer; floating-point sides are left out."""
-    found = {}
+    scales = {}
     for side, operand in zip(("input", "weight"), layer.args[:2], strict=True):
         quantizer = quantizer_at(gm, operand)
         if quantizer is not None:
-            found[side] = float(quantizer.scale.double().mean())
-    return found
+            scales[side] = float(quantizer.scale.double().mean())
+    return scales
 
 
 def _node(argument: object) -> Node:
@@ -108,7 +110,7 @@ def _unquantized(gm: GraphModule, argument: object) -> Node:
     return _node(node.args[0]) if is_fake_quant(gm, node) else node
 
 
-def tensors_of(value: Any) -> list[Tensor]:
+def tensors_of(value: object) -> list[Tensor]:
     """Floating-point tensors of a model's output, in order."""
     return [
         t
@@ -117,22 +119,22 @@ def tensors_of(value: Any) -> list[Tensor]:
     ]
 
 
-def block_outputs(gm: GraphModule, batch: Any) -> dict[str, Tensor]:
+def block_outputs(gm: GraphModule, batch: Batch) -> dict[str, Tensor]:
     """The value behind each block, by block name, for one batch."""
     names = {block.output: block.name for block in graph_info(gm).blocks}
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def visit(node: Node, env: Env) -> None:
         for read in node.all_input_nodes:
-            if read.name in names and names[read.name] not in found:
-                found[names[read.name]] = env[read]
+            if read.name in names and names[read.name] not in outputs:
+                outputs[names[read.name]] = env[read]
 
     run_all(gm, batch, visit)
-    return found
+    return outputs
 
 
 def block_sqnr(
-    reference: GraphModule, quantized: GraphModule, batches: Sequence[Any]
+    reference: GraphModule, quantized: GraphModule, batches: Sequence[Batch]
 ) -> dict[str, float | None]:
     """SQNR in dB of each block's output over the batches; `None` where both are equal.
 

@@ -20,7 +20,7 @@ Choice = dict[Operand, int]  # bits
 
 
 @dataclass(frozen=True)
-class Step:
+class Widening:
     """One operand goes from one width to a wider one.
 
     Attributes:
@@ -38,10 +38,10 @@ class Step:
 
 def by_operand(losses: Sequence[BitLoss]) -> dict[Operand, list[BitLoss]]:
     """The losses of each operand, narrowest first, in the order the operands were measured."""
-    found: dict[Operand, list[BitLoss]] = {}
+    grouped: dict[Operand, list[BitLoss]] = {}
     for loss in losses:
-        found.setdefault((loss.layers, loss.operand), []).append(loss)
-    return {operand: sorted(rows, key=lambda r: r.bits) for operand, rows in found.items()}
+        grouped.setdefault((loss.layers, loss.operand), []).append(loss)
+    return {operand: sorted(rows, key=lambda r: r.bits) for operand, rows in grouped.items()}
 
 
 def weight_bytes(losses: Sequence[BitLoss], choice: Mapping[Operand, int]) -> float:
@@ -63,24 +63,24 @@ def narrowest(losses: Sequence[BitLoss]) -> Choice:
     return choice
 
 
-def steps(losses: Sequence[BitLoss]) -> list[Step]:
+def steps(losses: Sequence[BitLoss]) -> list[Widening]:
     """From `narrowest` to the least loss: every step of every hull, most gain per byte first."""
-    found = [
+    widenings = [
         step
         for operand, rows in by_operand(losses).items()
         if operand[1] != INPUT
         for step in _hull(operand, rows)
     ]
-    return sorted(found, key=lambda step: -step.gain / step.bytes)
+    return sorted(widenings, key=lambda step: -step.gain / step.bytes)
 
 
-def _hull(operand: Operand, rows: Sequence[BitLoss]) -> list[Step]:
+def _hull(operand: Operand, rows: Sequence[BitLoss]) -> list[Widening]:
     """The steps along the lower convex hull of (bytes, loss)."""
     taken, current = [], 0
     while current < len(rows) - 1:
         here = rows[current]
         offers = [
-            Step(operand, r.bits, r.elements * (r.bits - here.bits) / 8, here.error - r.error)
+            Widening(operand, r.bits, r.elements * (r.bits - here.bits) / 8, here.error - r.error)
             for r in rows[current + 1 :]
         ]
         best = max(offers, key=lambda step: step.gain / step.bytes)

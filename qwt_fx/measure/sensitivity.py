@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.batches.batch import Batch
 from qwt_fx.graph.nodes import layer_name
 from qwt_fx.graph.runner import Env, computed, evaluate, start, steps
 from qwt_fx.measure.measure import tensors_of
@@ -49,7 +49,7 @@ class Sensitivity:
         return (self.input_error or 0.0) + (self.weight_error or 0.0)
 
 
-def measure_sensitivity(gm: GraphModule, batch: Any) -> list[Sensitivity]:
+def measure_sensitivity(gm: GraphModule, batch: Batch) -> list[Sensitivity]:
     """Sensitivity of every group of layers of an observed graph, in graph order.
 
     gm: a graph whose quantizers are calibrated and whose float function is the model's (RepQ-ViT's
@@ -72,7 +72,7 @@ class OutputProbe:
         exact: the outputs without a change, tensors in order.
     """
 
-    def __init__(self, gm: GraphModule, batch: Any) -> None:
+    def __init__(self, gm: GraphModule, batch: Batch) -> None:
         self.gm = gm
         self.nodes = computed(gm)
         self.env: Env = start(gm, batch)

@@ -37,20 +37,20 @@ def _edges() -> tuple[Tensor, Tensor]:
     """Centre and half width of each bin, (BINS,) float64."""
     patterns = (torch.arange(_MAGNITUDES + 1, dtype=torch.int32) + _LOWEST) << _SHIFT
     edges = patterns.view(torch.float32).double()
-    centres, halves = (edges[:-1] + edges[1:]) / 2, (edges[1:] - edges[:-1]) / 2
+    centres, half_widths = (edges[:-1] + edges[1:]) / 2, (edges[1:] - edges[:-1]) / 2
     zero = edges.new_zeros(1)
     return (
         torch.cat([-centres.flip(0), zero, centres]),
-        torch.cat([halves.flip(0), zero, halves]),
+        torch.cat([half_widths.flip(0), zero, half_widths]),
     )
 
 
 @dataclass(frozen=True)
 class Mass:
-    """Weighted values: `weight` spread over value +- half, each (k,) float64."""
+    """Weighted values: `weight` spread over value +- half_width, each (k,) float64."""
 
     value: Tensor
-    half: Tensor
+    half_width: Tensor
     weight: Tensor
 
 
@@ -129,9 +129,9 @@ class Histogram:
 
         Centres never leave the values seen: the outermost bins end at the exact extremes.
         """
-        centres, halves = (v.to(self.counts.device) for v in _edges())
+        centres, half_widths = (v.to(self.counts.device) for v in _edges())
         low, high = self.low.double()[:, None], self.high.double()[:, None]
-        return centres.clamp(low, high), halves.expand(len(self.counts), -1)
+        return centres.clamp(low, high), half_widths.expand(len(self.counts), -1)
 
     def quantiles(self, percentiles: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """(quantile(1 - p), quantile(p)) of each channel for each p, up to half a bin.
@@ -142,25 +142,25 @@ class Histogram:
         centres = _edges()[0].to(self.counts.device)
         cumulative = self.counts.cumsum(dim=1)
         count = cumulative[:, -1].double()
-        found = []
+        quantiles = []
         for p in percentiles:
             pair = []
-            for share in (1.0 - p, p):
+            for fraction in (1.0 - p, p):
                 # The first bin whose cumulative count, an integer, exceeds the rank.
-                rank = torch.clamp(share * (count - 1.0), min=0.0).floor().to(torch.int64)
+                rank = torch.clamp(fraction * (count - 1.0), min=0.0).floor().to(torch.int64)
                 index = torch.searchsorted(cumulative, rank[:, None], right=True)[:, 0]
                 pair.append(centres[index.clamp_max(BINS - 1)].clamp(low, high))
-            found.append((pair[0], pair[1]))
-        return found
+            quantiles.append((pair[0], pair[1]))
+        return quantiles
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every bin that holds something: channel, centre, half width, count, each (k,)."""
-        centres, halves = self.values()
+        centres, half_widths = self.values()
         channel, bin_index = self.counts.nonzero(as_tuple=True)
         return (
             channel,
             centres[channel, bin_index],
-            halves[channel, bin_index],
+            half_widths[channel, bin_index],
             self.counts[channel, bin_index].double(),
         )
 
@@ -176,17 +176,18 @@ def gather_mass(
     entries: those of a `Histogram`; weight, scale, shift: (channels,) float64. Values are binned
     again on the same grid, so what was moved is at most one bin less exact.
     """
-    channel, value, half, count = entries
+    channel, value, half_width, count = entries
     amount = count * weight[channel]
     if not bool((amount > 0.0).any()):  # weights of zeros: no value disturbs anything
         amount = count
     if scale is not None:
-        value, half = value / scale[channel], half / scale[channel]
+        value, half_width = value / scale[channel], half_width / scale[channel]
     if shift is not None:
         value = value - shift[channel]
     index = bin_of(value.float())
     empty = torch.zeros(BINS, dtype=torch.float64, device=value.device)
-    sums = [empty.clone().index_add_(0, index, v) for v in (amount, amount * value, amount * half)]
+    products = (amount, amount * value, amount * half_width)
+    sums = [empty.clone().index_add_(0, index, v) for v in products]
     keep = sums[0] > 0
     total = sums[0][keep]
     return Mass(sums[1][keep] / total, sums[2][keep] / total, total)

@@ -124,7 +124,7 @@ def _squared_errors(
 
     Computed in parts that fit a cache, where all candidates read them.
     """
-    found = rows.new_zeros(len(candidates), len(rows), dtype=torch.float64)
+    errors = rows.new_zeros(len(candidates), len(rows), dtype=torch.float64)
     columns = min(rows.shape[1], CACHED)
     channels = max(1, CACHED // columns)
     for begin in range(0, len(rows), channels):
@@ -132,9 +132,9 @@ def _squared_errors(
         quantizers = [_Quantizer.of(s[part, None], z[part, None], spec) for s, z in candidates]
         for x in torch.split(rows[part], columns, dim=1):
             for index, quantizer in enumerate(quantizers):
-                found[index, part] += quantizer.squared_steps(x)
+                errors[index, part] += quantizer.squared_steps(x)
     scales = torch.stack([scale for scale, _ in candidates]).double()
-    return found * scales.square()
+    return errors * scales.square()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qwt_fx.numerics.histogram import Histogram, Mass
 from qwt_fx.numerics.qparams import QuantSpec, qparams_from_range
 
-# Shares of each extreme that a range may reach, 1 = the extreme itself.
+# Fractions of each extreme that a range may reach, 1 = the extreme itself.
 _COARSE = torch.cat(
     [torch.tensor([0.0]), 2.0 ** torch.linspace(-6.0, 0.0, 25, dtype=torch.float64)]
 )
@@ -40,14 +40,14 @@ def squared_error(mass: Mass, scale: Tensor, zero_point: Tensor, quant_max: int)
     error, rounding and clipping, is integrated over each bin.
     """
     s, z = scale.double()[:, None], zero_point.double()[:, None]
-    value, half = mass.value[None], mass.half[None]
+    value, half_width = mass.value[None], mass.half_width[None]
     # In place: a table of candidates and bins is large, and making it takes longer than filling it.
-    mean = _error_integral(value + half, s, z, quant_max)
-    mean -= _error_integral(value - half, s, z, quant_max)
-    mean /= (2.0 * half).clamp_min(torch.finfo(torch.float64).tiny)
+    mean = _error_integral(value + half_width, s, z, quant_max)
+    mean -= _error_integral(value - half_width, s, z, quant_max)
+    mean /= (2.0 * half_width).clamp_min(torch.finfo(torch.float64).tiny)
     codes = (value / s).round_().add_(z).clamp_(0, quant_max)
     point = codes.sub_(z).mul_(s).sub_(value).square_()
-    return torch.where(half > 0.0, mean, point) @ mass.weight
+    return torch.where(half_width > 0.0, mean, point) @ mass.weight
 
 
 def _error_integral(x: Tensor, s: Tensor, z: Tensor, quant_max: int) -> Tensor:
@@ -66,12 +66,12 @@ def _error_integral(x: Tensor, s: Tensor, z: Tensor, quant_max: int) -> Tensor:
 def search_range(mass: Mass, spec: QuantSpec, extra: tuple[tuple[float, float], ...] = ()) -> Range:
     """The per-tensor range with the least weighted squared error.
 
-    `extra` are further (low, high) candidates, such as percentiles. Two grids of shares of both
+    `extra` are further (low, high) candidates, such as percentiles. Two grids of fractions of both
     extremes are searched, the second around the best of the first.
     """
     value = mass.value
-    low = float((value - mass.half).min().clamp(max=0.0))
-    high = float((value + mass.half).max().clamp(min=0.0))
+    low = float((value - mass.half_width).min().clamp(max=0.0))
+    high = float((value + mass.half_width).max().clamp(min=0.0))
     lows, highs = low * _COARSE, high * _COARSE
     pairs = torch.cartesian_prod(lows, highs)
     if extra:

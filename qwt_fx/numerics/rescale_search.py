@@ -6,8 +6,8 @@ r = (s / mean)^a is searched over a against the error of the linears' output, fr
 weights together.
 
 A channel's own range is known less well than that of all channels together: moved by the ranges of
-few samples, other samples are clipped. So each half of the samples is moved as the other half says
-when an error is estimated or a range is searched; with many samples both halves say the same.
+few samples, other samples are clipped. So each split of the samples is moved as the other says
+when an error is estimated or a range is searched; with many samples both say the same.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from qwt_fx.numerics.qparams import QuantSpec
 from qwt_fx.numerics.range_search import channel_ranges, search_range
-from qwt_fx.numerics.split_histogram import Halves, Move
+from qwt_fx.numerics.split_histogram import Move, SplitHistogram
 
-# Rounding with knowledge of the Gram leaves about this share of nearest rounding's output error.
-_GPTQ_SHARE = 0.5
+# Rounding with knowledge of the Gram leaves about this fraction of nearest rounding's output error.
+_GPTQ_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Rescale:
     """x' = x / scale - shift, (channels,) float64 each, and the strength it was made with.
 
     error: estimated squared error of the output, summed over the calibration tokens.
-    apart: scale and shift as each half of the samples alone would have them.
+    apart: scale and shift as each split of the samples alone would have them.
     """
 
     scale: Tensor
@@ -42,7 +42,7 @@ class Rescale:
 
 
 def choose_rescale(
-    halves: Halves,
+    values: SplitHistogram,
     weights: Sequence[Tensor],
     spec: QuantSpec,
     weight_bits: int | None,
@@ -55,15 +55,15 @@ def choose_rescale(
     weights: (o, channels) each; spec: the input's quantizer; strengths: candidates for a in [0, 1];
     shifts: whether each channel may be centred too (not where nothing can take the shift back).
     """
-    whole = halves.whole
+    whole = values.whole
     low, high = channel_ranges(whole, spec.quant_max)
     floor = float(_width(low, high, shifts=shifts).max()) * 1e-6
     if floor <= 0.0:  # constant channels everywhere
         still = (torch.ones_like(low), torch.zeros_like(low))
-        return Rescale(*still, 0.0, 0.0, (still,) * len(halves.fits))
+        return Rescale(*still, 0.0, 0.0, (still,) * len(values.fits))
     ranges = [(low, high)]
-    if len(halves.fits) > 1:
-        ranges += [channel_ranges(fit, spec.quant_max) for fit in halves.fits]
+    if len(values.fits) > 1:
+        ranges += [channel_ranges(fit, spec.quant_max) for fit in values.fits]
     columns = sum(w.double().square().sum(dim=0) for w in weights)
     assert isinstance(columns, Tensor)  # a group has a linear at least
     spread = whole.variance * whole.rows
@@ -72,7 +72,7 @@ def choose_rescale(
         moves = [_move(*r, strength, floor, shifts=shifts) for r in ranges]
         (scale, shift), apart = moves[0], tuple(moves[1:] or moves)
         importance = [columns * own.square() for own, _ in apart]
-        error = search_range(halves.mass(importance, apart), spec).error
+        error = search_range(values.mass(importance, apart), spec).error
         if weight_bits is not None:
             error += _weight_error(
                 weights, scale, float((spread / scale.square()).sum()), weight_bits
@@ -102,4 +102,4 @@ def _weight_error(weights: Sequence[Tensor], scale: Tensor, spread: float, bits:
         scaled = weight.double() * scale
         step = (scaled.amax(dim=1) - scaled.amin(dim=1)) / (2**bits - 1)
         total += float(step.square().sum()) / 12.0 * spread
-    return _GPTQ_SHARE * total
+    return _GPTQ_FRACTION * total

@@ -93,10 +93,10 @@ class LayerSums:
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Covariance sums (d, d) and (d, o): what is left for a weight when a bias takes the means."""
-        share = -1.0 / max(self.count, 1)
+        factor = -1.0 / max(self.count, 1)
         return (
-            torch.addr(self.gram, self.x, self.x, alpha=share),
-            torch.addr(self.cross, self.x, self.t, alpha=share),
+            torch.addr(self.gram, self.x, self.x, alpha=factor),
+            torch.addr(self.cross, self.x, self.t, alpha=factor),
         )
 
     def bias(self, change: Tensor) -> Tensor:

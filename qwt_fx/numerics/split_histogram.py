@@ -1,4 +1,4 @@
-"""Histograms of two halves of the calibration samples, each moved as the other half says."""
+"""Histograms of two splits of the calibration samples, each moved as the other one says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Move = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Halves:
+class SplitHistogram:
     """A tensor's histograms over the even and the odd batches, of the same channels.
 
     Either may be empty: then there is nothing to judge by but the whole.
@@ -27,29 +27,29 @@ class Halves:
 
     @cached_property
     def whole(self) -> Histogram:
-        """Both halves together."""
+        """Both splits together."""
         whole = Histogram(len(self.first.counts), self.first.counts.device)
-        for half in (self.first, self.second):
-            whole.merge(half.as_part())
+        for split in (self.first, self.second):
+            whole.merge(split.as_part())
         return whole
 
     @property
     def fits(self) -> tuple[Histogram, ...]:
-        """Whose ranges decide how a half is moved: for each, `mass` moves the other one."""
+        """Whose ranges decide how a split is moved: for each, `mass` moves the other one."""
         both = (self.first, self.second)
-        return both if all(half.rows for half in both) else (self.whole,)
+        return both if all(split.rows for split in both) else (self.whole,)
 
     @cached_property
     def _moved(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Entries of each half beside the one it is moved by, as channels of their own."""
-        entries = [half.entries() for half in reversed(self.fits)]
+        """Entries of each split beside the one it is moved by, as channels of their own."""
+        entries = [split.entries() for split in reversed(self.fits)]
         channels = len(self.first.counts)
         numbered = [(e[0] + at * channels, *e[1:]) for at, e in enumerate(entries)]
-        channel, value, half, count = (torch.cat(v) for v in zip(*numbered, strict=True))
-        return channel, value, half, count
+        channel, value, half_width, count = (torch.cat(v) for v in zip(*numbered, strict=True))
+        return channel, value, half_width, count
 
     def mass(self, weights: Sequence[Tensor], moves: Sequence[Move] = ()) -> Mass:
-        """All values together; with `moves`, one for each of `fits`, each half as the other says.
+        """All values together; with `moves`, one for each of `fits`, each split as the other says.
 
         weights: what a squared error of each channel counts, (channels,) float64, one for all or one
         for each of `moves`.

@@ -23,20 +23,20 @@ def row_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each output row, (o,) float32, for weights (o, i).
 
-    The range is the share of the row's extremes with the least squared error weighted by
+    The range is the fraction of the row's extremes with the least squared error weighted by
     `importance` (i,), the mean square of each input channel. A symmetric row has the zero point
     2^(bits - 1).
     """
     low, high = weight.amin(dim=1), weight.amax(dim=1)
     if symmetric:
         # The codes reach one step further below zero than above.
-        half = 2 ** (spec.bits - 1)
-        reach = torch.maximum(high * (half / max(half - 1, 1)), -low)
-        low, high = -reach, reach * ((half - 1) / half)
+        codes = 2 ** (spec.bits - 1)  # below zero
+        reach = torch.maximum(high * (codes / max(codes - 1, 1)), -low)
+        low, high = -reach, reach * ((codes - 1) / codes)
     best = qparams_from_range(low, high, spec)
     best_error = torch.full_like(low, torch.inf)
-    for share in _SHRINK:
-        scale, zero = qparams_from_range(low * share, high * share, spec)
+    for fraction in _SHRINK:
+        scale, zero = qparams_from_range(low * fraction, high * fraction, spec)
         if symmetric:
             zero = torch.full_like(zero, 2 ** (spec.bits - 1))
         codes = round_codes(weight, scale, zero, spec)
@@ -116,15 +116,15 @@ def _inverse_factor(h: Tensor, damping: float) -> Tensor:
 
 
 def _invert_lower(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix (n, n), by halves: most of the work is matrix products."""
+    """Inverse of a lower triangular matrix (n, n), by quarters: most of the work is matrix products."""
     n = len(lower)
     if n <= _COLUMNS:
         identity = torch.eye(n, dtype=lower.dtype, device=lower.device)
         solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
         return solved
-    half = n // 2
+    middle = n // 2
     inverse = torch.zeros_like(lower)
-    first = inverse[:half, :half] = _invert_lower(lower[:half, :half])
-    last = inverse[half:, half:] = _invert_lower(lower[half:, half:])
-    torch.mm(last @ lower[half:, :half], first, out=inverse[half:, :half]).neg_()
+    first = inverse[:middle, :middle] = _invert_lower(lower[:middle, :middle])
+    last = inverse[middle:, middle:] = _invert_lower(lower[middle:, middle:])
+    torch.mm(last @ lower[middle:, :middle], first, out=inverse[middle:, :middle]).neg_()
     return inverse

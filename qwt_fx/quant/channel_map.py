@@ -7,24 +7,22 @@ map is read from the graph: channel numbers are sent through the very ops that m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.aten import LINEAR, MATMULS, SDPA, SHAPE_ONLY, SOFTMAXES
-from qwt_fx.graph.nodes import argument, is_call, shape_of, tensor_of
+from qwt_fx.graph.nodes import argument, is_call, is_move, shape_of, tensor_of
+from qwt_fx.graph.runner import Env, Value
 from qwt_fx.graph.sample_ids import resolve, run_move
 from qwt_fx.quant.fake_quant import is_fake_quant
 from qwt_fx.quant.norms import weight_node
 
 aten = torch.ops.aten
 
-_MOVES = SHAPE_ONLY | {
-    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
-}  # fmt: skip
 _BATCH = 2  # stands for every symbol of a size
 
 
@@ -60,13 +58,13 @@ def value_map(gm: GraphModule, output: Node) -> ValueMap:
     rows = ids.reshape(-1, ids.shape[-1])
     if not bool((rows == rows[0]).all()):
         raise NotMapped("its channels change from token to token")
-    found = rows[0]
-    if len(set(found.tolist())) != len(found):
+    row_of_channel = rows[0]
+    if len(set(row_of_channel.tolist())) != len(row_of_channel):
         raise NotMapped("several of its channels share a value row")
-    if bool(torch.isin(found, others).any()):
+    if bool(torch.isin(row_of_channel, others).any()):
         raise NotMapped("something else reads the values")
     constants = tuple(user for user in producer.users if _is_override(user, producer))
-    return ValueMap(producer, found, attention, constants)
+    return ValueMap(producer, row_of_channel, attention, constants)
 
 
 def feeds_attention(gm: GraphModule, linear: Node) -> bool:
@@ -81,7 +79,7 @@ def feeds_attention(gm: GraphModule, linear: Node) -> bool:
             return True
         if is_call(node, MATMULS) and len(node.all_input_nodes) == 2:
             return True
-        if _is_move(node) or is_fake_quant(gm, node):
+        if is_move(node) or is_fake_quant(gm, node):
             pending += node.users
     return False
 
@@ -124,14 +122,10 @@ def _linear_behind(gm: GraphModule, node: object) -> Node:
         if is_call(node, {aten.where.self}):
             node = node.args[2]
             continue
-        if not _is_move(node):
+        if not is_move(node):
             break
         node = node.args[0]
     raise NotMapped("its values do not come from a linear through moves alone")
-
-
-def _is_move(node: Node) -> bool:
-    return is_call(node, _MOVES) or getattr(node.target, "__name__", "") == "getitem"
 
 
 def _features(gm: GraphModule, linear: Node) -> Tensor:
@@ -143,7 +137,7 @@ def _features(gm: GraphModule, linear: Node) -> Tensor:
     return torch.arange(len(weight)).expand(*sizes[:-1], len(weight))
 
 
-def _move(node: Node, env: dict[Node, Any]) -> Any:
+def _move(node: Node, env: Env) -> Value:
     """What an op that moves elements makes of channel numbers."""
     try:
         return run_move(node, env, _BATCH)
@@ -155,7 +149,7 @@ def _move(node: Node, env: dict[Node, Any]) -> Any:
 
 def _follow(producer: Node, features: Tensor, attention: Node) -> tuple[Tensor, Tensor]:
     """Row numbers where the attention reads its values, and those read by anything else."""
-    env: dict[Node, Any] = {producer: features}
+    env: Env = {producer: features}
     values: Tensor | None = None
     others: list[Tensor] = []
     value_index = 1 if attention.target in MATMULS else 2
@@ -172,7 +166,7 @@ def _follow(producer: Node, features: Tensor, attention: Node) -> tuple[Tensor, 
             elif _is_override(user, source):
                 env[user] = env[source]
                 pending.append(user)
-            elif _is_move(user):
+            elif is_move(user):
                 env[user] = _move(user, env)
                 pending.append(user)
             else:
@@ -182,7 +176,7 @@ def _follow(producer: Node, features: Tensor, attention: Node) -> tuple[Tensor, 
     return values, torch.cat(others) if others else torch.empty(0, dtype=torch.int64)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
@@ -195,7 +189,7 @@ def _through_attention(attention: Node, values: Tensor, output: Node) -> Tensor:
     if shape is None:
         raise NotMapped("the shape of the attention's output is not known")
     sizes = [resolve(s, _BATCH) for s in shape]
-    env: dict[Node, Any] = {attention: values[..., :1, :].expand(sizes)}
+    env: Env = {attention: values[..., :1, :].expand(sizes)}
     chain = [output]
     while chain[-1] is not attention:
         source = chain[-1].args[0]

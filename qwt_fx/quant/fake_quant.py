@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,14 +137,14 @@ class FakeQuant(nn.Module):
         return f"{self.name}, {self.spec.scheme}, {self.spec.bits} bits, {self.mode.value}"
 
 
-def _round_trip(x: Tensor, *qparams: Any) -> Tensor:
+def _round_trip(x: Tensor, *qparams: object) -> Tensor:
     """Codes of one scale and back."""
     codes = torch_ao.QUANTIZE_PER_TENSOR(x, *qparams)
     result: Tensor = torch_ao.DEQUANTIZE_PER_TENSOR(codes, *qparams)
     return result
 
 
-def _round_trip_in_parts(x: Tensor, *qparams: Any) -> Tensor:
+def _round_trip_in_parts(x: Tensor, *qparams: object) -> Tensor:
     """The same bits; a large tensor on the CPU in parts, as the two operators are seven of PyTorch's."""
     if x.device.type != "cpu" or x.numel() <= CACHED or not x.is_contiguous():
         return _round_trip(x, *qparams)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, SHAPE_ONLY
-from qwt_fx.graph.nodes import argument, is_call, tensor_of
+from qwt_fx.graph.nodes import argument, is_call, shape_of, tensor_of
 from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of, is_fake_quant
 from qwt_fx.quant.norms import weight_node
 
@@ -109,6 +109,5 @@ def residual_of(layer: Node) -> Node | None:
     others = [a for a in user.args if a is not layer]
     if len(others) != 1 or not isinstance(others[0], Node):
         return None
-    ours, theirs = layer.meta.get("val"), others[0].meta.get("val")
-    same = isinstance(ours, Tensor) and isinstance(theirs, Tensor) and ours.shape == theirs.shape
-    return others[0] if same else None
+    shape = shape_of(layer)
+    return others[0] if shape is not None and shape == shape_of(others[0]) else None

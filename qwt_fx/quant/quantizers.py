@@ -105,7 +105,7 @@ def qparams(gm: GraphModule) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
     Returns `{layer: {"input": (scale, zero_point), "weight": (scale, zero_point)}}`; a side in
     floating point has no entry. Scales are float32, () per tensor or (channels,) per channel.
     """
-    found: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    quantizers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for node in weight_layers(gm):
         entry = {}
         for kind, operand in zip(("input", "weight"), node.args[:2], strict=False):
@@ -113,8 +113,8 @@ def qparams(gm: GraphModule) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
             if quantizer is not None and quantizer.zero_point is not None:
                 entry[kind] = (quantizer.scale, quantizer.zero_point)
         if entry:
-            found[layer_name(node)] = entry
-    return found
+            quantizers[layer_name(node)] = entry
+    return quantizers
 
 
 def compensation_tensors(gm: GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
@@ -123,12 +123,12 @@ def compensation_tensors(gm: GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
     The weight as the graph computes with it: the product of two factors, or dequantized integers. A
     compensation that was folded into the block has no entry.
     """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    tensors: dict[str, tuple[Tensor, Tensor]] = {}
     for block, nodes in _compensation_nodes(gm).items():
         weight = reduce(torch.matmul, (_matrix(gm, node) for node in nodes))
         bias = _constant(gm, _compensation_bias(nodes[-1]))
-        found[block] = (weight.float(), bias.float())
-    return found
+        tensors[block] = (weight.float(), bias.float())
+    return tensors
 
 
 def compensation_bytes(gm: GraphModule) -> int:
@@ -145,11 +145,11 @@ def compensation_bytes(gm: GraphModule) -> int:
 
 def _compensation_nodes(gm: GraphModule) -> dict[str, list[Node]]:
     """The products of each block's compensation, in order, by block name."""
-    found: dict[str, list[Node]] = {}
+    products: dict[str, list[Node]] = {}
     for node in compute_nodes(gm):
         if match := _COMPENSATION.fullmatch(layer_name(node)):
-            found.setdefault(match.group(1), []).append(node)
-    return found
+            products.setdefault(match.group(1), []).append(node)
+    return products
 
 
 def _compensation_bias(node: Node) -> object:
@@ -175,7 +175,7 @@ def _constant(gm: GraphModule, node: object) -> Tensor:
 
 def weight_code_bits(gm: GraphModule) -> dict[str, int]:
     """Bits of the integer weights a graph stores, by the path of their codes."""
-    found: dict[str, int] = {}
+    widths: dict[str, int] = {}
     for node in gm.graph.nodes:
         if not is_call(node, _PER_CHANNEL | _PER_TENSOR):
             continue
@@ -183,5 +183,5 @@ def weight_code_bits(gm: GraphModule) -> dict[str, int]:
         if not isinstance(codes, Node) or codes.op != "get_attr" or quant_min != 0:
             continue
         bits = _bits(quant_max)
-        found[str(codes.target)] = max(bits, found.get(str(codes.target), 0))
-    return found
+        widths[str(codes.target)] = max(bits, widths.get(str(codes.target), 0))
+    return widths

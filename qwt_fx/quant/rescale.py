@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.aten import LAYER_NORM
-from qwt_fx.graph.edits import add_module, add_tensor, drop_tensor
-from qwt_fx.graph.nodes import argument, layer_name, tensor_of
+from qwt_fx.graph.correspondence import Correspondence
+from qwt_fx.graph.edits import add_module, add_tensor, described, drop_tensor
+from qwt_fx.graph.nodes import argument, dtype_of, layer_name, tensor_of
 from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of, is_fake_quant
 from qwt_fx.quant.norms import norm_affine, weight_node
 
@@ -53,7 +54,7 @@ def set_layer(
             if qparams is not None:
                 module.set_qparams(*qparams)
             new = gm.graph.call_module(add_module(gm, "fake_quant_0", module), (new,))
-            new.meta = {k: v for k, v in old.meta.items() if k in ("val", "nn_module_stack")}
+            new.meta = described(old)
     layer.update_arg(1, new)
     old_bias = argument(layer, 2, "bias")
     if len(layer.args) > 2:
@@ -89,8 +90,7 @@ def divide_input(gm: GraphModule, quantizer: Node, scale: Tensor, shift: Tensor)
     """
     source = quantizer.args[0]
     assert isinstance(source, Node)  # a FakeQuant reads one tensor
-    value = source.meta.get("val")
-    dtype = value.dtype if isinstance(value, Tensor) else torch.float32
+    dtype = dtype_of(source) or torch.float32
     base = fake_quant_of(gm, quantizer).name
     with gm.graph.inserting_before(quantizer):
         inverse = add_tensor(gm, f"{base}_input_inverse", scale.reciprocal().to(dtype))
@@ -99,8 +99,8 @@ def divide_input(gm: GraphModule, quantizer: Node, scale: Tensor, shift: Tensor)
             new.meta = dict(source.meta)
             offset = add_tensor(gm, f"{base}_input_shift", shift.to(dtype))
             new = gm.graph.call_function(aten.sub.Tensor, (new, offset))
-    # Found under the name of what it rescales in the floating-point graph.
-    new.meta = dict(source.meta) | {"replaces": source.meta.get("replaces", source.name)}
+    new.meta = dict(source.meta)
+    Correspondence.inserted(new, behind=source)
     quantizer.update_arg(0, new)
     return new
 
@@ -109,8 +109,7 @@ def divide_norm(gm: GraphModule, norm: Node, scale: Tensor, shift: Tensor) -> No
     """The norm returns x / scale - shift from now on. Raises nothing: callers checked the affine."""
     weight, bias = (tensor_of(gm, a) for a in norm_affine(norm))
     like = weight if weight is not None else bias
-    value = norm.meta.get("val")
-    dtype = like.dtype if like is not None else value.dtype if isinstance(value, Tensor) else None
+    dtype = dtype_of(norm) if like is None else like.dtype
     ones = torch.ones_like(scale)
     new_weight = ((ones if weight is None else weight.detach().double()) / scale).to(dtype)
     new_bias = -shift if bias is None else bias.detach().double() / scale - shift

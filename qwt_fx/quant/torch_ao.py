@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ def _registered() -> bool:
     return all(hasattr(namespace, name) for name in _OPERATORS)
 
 
-def _load() -> Any:
+def _load() -> ModuleType:
     for provider in _PROVIDERS:
         if _registered():
             break

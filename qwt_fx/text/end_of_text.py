@@ -10,14 +10,15 @@ grid of them, is not in the graph's structure: it is tried out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from qwt_fx.batches.batch import Batch
 from qwt_fx.graph.nodes import is_call, tensor_of
+from qwt_fx.graph.runner import Value
 from qwt_fx.text.text_length import run_on_ids
 from qwt_fx.text.token_ids import NotProved, Tokens
 from qwt_fx.text.token_map import TokenTracer
@@ -28,7 +29,7 @@ _SAME = 1e-4  # relative difference that rounding explains ...
 _SAME_HALF = 2e-2  # ... and in half precision
 
 
-def find_end_of_text(gm: GraphModule, model: Callable[..., Any], ids: Tensor) -> Node:
+def find_end_of_text(gm: GraphModule, model: Callable[..., object], ids: Tensor) -> Node:
     """The node that tells where each text ends, (n,) int64.
 
     Args:
@@ -51,7 +52,7 @@ def find_end_of_text(gm: GraphModule, model: Callable[..., Any], ids: Tensor) ->
 class _EndTracer(TokenTracer):
     """Remembers by which ids' functions rows were picked, and which of them the output follows."""
 
-    def __init__(self, gm: GraphModule, batch: Any) -> None:
+    def __init__(self, gm: GraphModule, batch: Batch) -> None:
         super().__init__(gm, batch)
         self.picked_by: list[Node] = []
         self.end: Node | None = None
@@ -59,7 +60,7 @@ class _EndTracer(TokenTracer):
     def gather(self, node: Node) -> Tokens:
         """See `TokenTracer.gather`."""
         rows = super().gather(node)
-        indices: Any = node.args[1]
+        indices: Value = node.args[1]
         self.picked_by += [i for i in indices if i in self.by_value]
         return rows
 
@@ -98,11 +99,11 @@ def _probe(gm: GraphModule, ids: Tensor) -> Tensor:
 
 def _compared(gm: GraphModule, vocabulary: int) -> list[int]:
     """The token ids that the graph compares anything with."""
-    tokens: list[Any] = [n.args[1] for n in gm.graph.nodes if is_call(n, {aten.eq.Scalar})]
+    tokens = [n.args[1] for n in gm.graph.nodes if is_call(n, {aten.eq.Scalar})]
     return [t for t in tokens if isinstance(t, int) and 0 <= t < vocabulary]
 
 
-def _try_out(gm: GraphModule, model: Callable[..., Any], probe: Tensor, end: Node) -> None:
+def _try_out(gm: GraphModule, model: Callable[..., object], probe: Tensor, end: Node) -> None:
     """Compare the graph at full length with the model, and at each text's own length with that."""
     half = any(p.dtype in (torch.float16, torch.bfloat16) for p in gm.parameters())
     limit = _SAME_HALF if half else _SAME
@@ -120,5 +121,5 @@ def _try_out(gm: GraphModule, model: Callable[..., Any], probe: Tensor, end: Nod
                 )
 
 
-def _outputs(value: Any) -> list[Tensor]:
+def _outputs(value: object) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]

@@ -20,11 +20,12 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from qwt_fx.graph.graph_info import graph_info, has_graph_info
 from qwt_fx.graph.nodes import find_node, is_call
 from qwt_fx.graph.runner import evaluate, nodes_between, placeholders
+from qwt_fx.graph.sample_ids import Size
 
 _SHORTEST = 3  # a context below this holds no text
 
 
-def text_ids(inputs: Iterable[Any]) -> Tensor | None:
+def text_ids(inputs: Iterable[object]) -> Tensor | None:
     """The input, when it is one tensor of token ids (n, context) int; else `None`."""
     values = list(inputs)
     if len(values) != 1 or not isinstance(values[0], Tensor):
@@ -43,19 +44,19 @@ def record_full_length(gm: GraphModule, ids: Tensor) -> None:
     (source,) = placeholders(gm)
     length = source.meta["val"].shape[1].node.expr
 
-    def full_size(size: Any) -> Any:
+    def full_size(size: Size) -> Size:
         if not isinstance(size, torch.SymInt):
             return size
         # Put in, not run again: torch 2.11 fixes the batch while a graph runs on symbols.
-        found = size.node.expr.subs(length, ids.shape[1])
-        if found.is_Integer:
-            return int(found)
-        symbols: Any = size.node.shape_env
-        return symbols.create_symintnode(found, hint=None)
+        whole = size.node.expr.subs(length, ids.shape[1])
+        if whole.is_Integer:
+            return int(whole)
+        made: torch.SymInt = size.node.shape_env.create_symintnode(whole, hint=None)
+        return made
 
-    def full(value: Any) -> Any:
+    def full(value: object) -> object:
         if not isinstance(value, FakeTensor):
-            return full_size(value)
+            return full_size(value) if isinstance(value, torch.SymInt) else value
         with value.fake_mode:
             return torch.empty_strided(
                 [full_size(s) for s in value.shape],
@@ -132,7 +133,7 @@ def length_node(gm: GraphModule) -> Node:
     return node
 
 
-def uncut(node: Any) -> Any:
+def uncut(node: object) -> object:
     """The constant that `cut_to_length` cut, or the node itself."""
     if is_call(node, {aten.slice.Tensor}) and is_call(node.args[-1], {aten.sym_size.int}):
         return node.args[0]

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qwt_fx.graph.aten import SHAPE_ONLY
-
 aten = torch.ops.aten
 
 ELEMENTWISE = frozenset(
@@ -21,9 +19,6 @@ ELEMENTWISE = frozenset(
         aten.contiguous.default,
     }
 )  # fmt: skip
-MOVES = SHAPE_ONLY | {
-    aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
-}  # fmt: skip
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 SAME_IDS = VIEWS | {aten.reshape.default, aten.to.dtype, aten.clone.default}
 # What these return depends on the shape of their tensor argument alone.
@@ -53,8 +48,9 @@ class TokenMask:
     """Rows that matter, for the nodes asked about.
 
     Attributes:
-        rows: node name -> bool (rows,), rows = all dimensions but the last, flattened.
-        positions: node name -> position of each row, (rows,) int.
+        rows: what a node stands for (`Correspondence.name_of`) -> bool (rows,), rows = all dimensions
+            but the last, flattened.
+        positions: the same -> position of each row, (rows,) int.
         reason: why no mask applies; `None` when it does.
     """
 
@@ -63,7 +59,7 @@ class TokenMask:
     reason: str | None = None
 
     def counting(self, name: str, *, behind_end: bool, first: bool) -> Tensor | None:
-        """Which rows of a node count, bool (rows,); `None` for all of them.
+        """Which rows of the nodes of a name count, bool (rows,); `None` for all of them.
 
         behind_end: leave out positions behind the end of a text where they provably cannot matter.
         first: whether position 0 counts. It does not where attention alone reads it, and constants
@@ -74,12 +70,6 @@ class TokenMask:
             return rows
         moving = self.positions[name] != 0
         return moving if rows is None else rows & moving
-
-    def follow(self, name: str, new: str) -> None:
-        """The rows of a node `new` count as those of `name` do."""
-        for known in (self.rows, self.positions):
-            if name in known:
-                known[new] = known[name]
 
 
 class NotProved(Exception):

@@ -12,22 +12,22 @@ them matters. An op outside these classes ends the proof, and every position cou
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from qwt_fx.batches.batch import Batch
 from qwt_fx.graph.aten import LAYER_NORM, LINEAR, RMS_NORM, SDPA, SOFTMAXES
-from qwt_fx.graph.nodes import argument, get_attr
-from qwt_fx.graph.runner import start
+from qwt_fx.graph.correspondence import Correspondence
+from qwt_fx.graph.nodes import argument, get_attr, is_move
+from qwt_fx.graph.runner import Env, Value, execute, start
+from qwt_fx.graph.sample_ids import run_move
 from qwt_fx.text.token_ids import (
     ELEMENTWISE,
-    MOVES,
     READ_SHAPE,
     SAME_IDS,
-    VIEWS,
     NotProved,
     TokenMask,
     Tokens,
@@ -43,7 +43,7 @@ from qwt_fx.text.token_ids import (
 aten = torch.ops.aten
 
 
-def token_mask(gm: GraphModule, batch: Any, nodes: Iterable[Node]) -> TokenMask:
+def token_mask(gm: GraphModule, batch: Batch, nodes: Iterable[Node]) -> TokenMask:
     """Prove which positions of this batch can influence the output, and mask these nodes' rows.
 
     A node whose rows mix positions gets no entry. With a reason, no row may be left out.
@@ -55,7 +55,7 @@ def token_mask(gm: GraphModule, batch: Any, nodes: Iterable[Node]) -> TokenMask:
 
 
 def token_masks(
-    gm: GraphModule, batches: Sequence[Any], nodes: Collection[Node]
+    gm: GraphModule, batches: Sequence[Batch], nodes: Collection[Node]
 ) -> list[TokenMask]:
     """The proof of each batch; equal tensors, which are most of them, are one tensor."""
     proofs: list[TokenMask] = []
@@ -71,21 +71,21 @@ def token_masks(
 
 def _shared(tensors: dict[str, Tensor], known: list[Tensor]) -> dict[str, Tensor]:
     """Each tensor, or an equal one that is known."""
-    found = {}
+    distinct = {}
     for name, value in tensors.items():
         same = next((k for k in known if torch.equal(k, value)), None)
         if same is None:
             known.append(value)
-        found[name] = value if same is None else same
-    return found
+        distinct[name] = value if same is None else same
+    return distinct
 
 
 class TokenTracer:
     """Pushes token ids through a graph for one batch; every step it cannot follow raises `NotProved`."""
 
-    def __init__(self, gm: GraphModule, batch: Any) -> None:
+    def __init__(self, gm: GraphModule, batch: Batch) -> None:
         self.gm = gm
-        self.env: dict[Node, Any] = start(gm, batch)
+        self.env: Env = start(gm, batch)
         integers = [
             n
             for n, v in self.env.items()
@@ -101,7 +101,7 @@ class TokenTracer:
 
     def trace(self, wanted: set[Node]) -> TokenMask:
         """Push the ids through the graph."""
-        found: dict[str, Tensor] = {}
+        ids_of: dict[str, Tensor] = {}
         for node in self.gm.graph.nodes:
             if node.op == "output":
                 last = self.last_positions(node)
@@ -111,17 +111,17 @@ class TokenTracer:
             value = self.env[node]
             if node in wanted and isinstance(value, Tokens) and value.columns is None:
                 try:
-                    found[node.name] = row_ids(value).reshape(-1)
+                    ids_of[Correspondence.name_of(node)] = row_ids(value).reshape(-1)
                 except NotProved:
                     continue
             elif node in wanted and isinstance(value, Tokens):
-                found[node.name] = row_ids(value).reshape(-1)
+                ids_of[Correspondence.name_of(node)] = row_ids(value).reshape(-1)
             self._release(node)
         rows = {
             name: (ids % self.length) <= last[(ids // self.length).long()]
-            for name, ids in found.items()
+            for name, ids in ids_of.items()
         }
-        positions = {name: ids % self.length for name, ids in found.items()}
+        positions = {name: ids % self.length for name, ids in ids_of.items()}
         return TokenMask(rows=rows, positions=positions)
 
     def _release(self, node: Node) -> None:
@@ -146,7 +146,7 @@ class TokenTracer:
             raise NotProved("the output does not read every sample")
         return last
 
-    def _step(self, node: Node) -> Any:
+    def _step(self, node: Node) -> Value:
         if node.op == "get_attr":
             return get_attr(self.gm, str(node.target))
         tracked = [self.env[n] for n in node.all_input_nodes]
@@ -161,7 +161,7 @@ class TokenTracer:
                 self.by_first.add(node)
             elif by_value and node.target not in READ_SHAPE:
                 self.by_value.add(node)
-            return self._run(node, node.target)
+            return execute(self.gm, node, self.env)
         if any(n in self.by_first for n in node.all_input_nodes):
             by_value = node.target is not aten.where.self
         if by_value and node.target is not aten.index.Tensor:
@@ -177,20 +177,16 @@ class TokenTracer:
             raise NotProved(f"{node.name}: replaces rows behind position 0")
         return tokens
 
-    def _is_source(self, node: Any) -> bool:
+    def _is_source(self, node: Value) -> bool:
         """Whether the node is the input, cast or reshaped to the shape it has."""
         shape = self.env[self.source].shape
         while node.target in SAME_IDS and self.env[node].shape == shape:
             node = node.args[0]
         return node is self.source
 
-    def _value(self, node: Node, index: int) -> Any:
+    def _value(self, node: Node, index: int) -> Value:
         argument_node = node.args[index]
         return self.env[argument_node] if isinstance(argument_node, Node) else argument_node
-
-    def _run(self, node: Node, target: Any) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
-        return target(*args, **kwargs)
 
     def _embedding(self, node: Node) -> Tokens:
         ids = torch.arange(self.batch * self.length, dtype=torch.int32, device=self.device)
@@ -199,9 +195,9 @@ class TokenTracer:
         assert isinstance(weight, Node)  # the operator's schema
         return Tokens(ids.expand(-1, -1, self.env[weight].shape[1]))
 
-    def _token_op(self, node: Node, tokens: list[Tokens]) -> Any:
+    def _token_op(self, node: Node, tokens: list[Tokens]) -> Value:
         target = node.target
-        if target in MOVES or getattr(target, "__name__", "") == "getitem":
+        if is_move(node):
             return self._move(node)
         if target in ELEMENTWISE:
             return self._elementwise(node, tokens)
@@ -226,22 +222,14 @@ class TokenTracer:
             return self.gather(node)
         raise NotProved(f"{node.name}: {target} is not known to keep positions apart")
 
-    def _move(self, node: Node) -> Any:
-        def ids_of(n: Node) -> Any:
-            value = self.env[n]
-            if not isinstance(value, Tokens):
-                return value
-            if value.columns is not None:
-                raise NotProved(f"{node.name}: attention scores are reshaped")
-            return value.ids
-
-        target: Any = aten.reshape.default if node.target in VIEWS else node.target
-        args, kwargs = map_arg((node.args, node.kwargs), ids_of)
-        source: Any = self._value(node, 0)
-        if isinstance(source, list | tuple):  # an element of a split
-            index: Any = args[1]
-            return source[index]
-        moved = target(*args, **kwargs)
+    def _move(self, node: Node) -> Value:
+        inputs = {n: self.env[n] for n in node.all_input_nodes}
+        if any(isinstance(v, Tokens) and v.columns is not None for v in inputs.values()):
+            raise NotProved(f"{node.name}: attention scores are reshaped")
+        if isinstance(self._value(node, 0), list | tuple):  # an element of a split
+            return execute(self.gm, node, self.env)
+        ids = {n: v.ids if isinstance(v, Tokens) else v for n, v in inputs.items()}
+        moved = run_move(node, ids, self.batch)
         if isinstance(moved, list | tuple):
             return [Tokens(m) for m in moved]
         return Tokens(moved)
@@ -254,8 +242,7 @@ class TokenTracer:
             if len(tokens) > 1 or (masks and node.target is not aten.add.Tensor):
                 raise NotProved(f"{node.name}: combines attention scores")
             return mask_scores(scores, masks[0], self.length) if masks else scores
-        broadcast: Any = torch.broadcast_tensors
-        ids, *others = broadcast(*(t.ids for t in tokens))
+        ids, *others = torch.broadcast_tensors(*(t.ids for t in tokens))
         if any(not torch.equal(ids, other) for other in others):
             raise NotProved(f"{node.name}: combines different positions")
         return Tokens(ids)
@@ -285,7 +272,7 @@ class TokenTracer:
     def gather(self, node: Node) -> Tokens:
         """Rows of an activation chosen by indices."""
         source = self._value(node, 0)
-        indices: Any = map_arg(node.args[1], lambda n: self.env[n])
+        indices: Value = map_arg(node.args[1], lambda n: self.env[n])
         if not isinstance(source, Tokens) or any(
             i is not None and not isinstance(i, Tensor) for i in indices
         ):

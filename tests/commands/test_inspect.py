@@ -22,7 +22,7 @@ from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.graph.runner import run_all
 from qwt_fx.inspect.inspection import inspect_rows, own_errors, scale_changes
 from qwt_fx.measure.layer_statistics import contributions, layer_statistics, weight_histograms
-from qwt_fx.measure.measure import block_sqnr, clipped_share, sqnr_db
+from qwt_fx.measure.measure import block_sqnr, clipped_fraction, sqnr_db
 from qwt_fx.quant.layer_groups import weight_quantizer
 from qwt_fx.quant.quantizers import Quantizer, qparams, quantizer_at
 
@@ -113,7 +113,7 @@ def test_clipped_shares_are_what_numpy_counts(calibrated: GraphModule) -> None:
     codes = np.round(x.astype(np.float64) / 0.2) + 5
     wanted = float(((codes < 0) | (codes > 15)).mean())
     assert 0.01 < wanted < 0.5
-    assert clipped_share(torch.tensor(x), quantizer) == pytest.approx(wanted)
+    assert clipped_fraction(torch.tensor(x), quantizer) == pytest.approx(wanted)
 
 
 def test_weights_are_counted_by_the_levels_they_use(calibrated: GraphModule) -> None:

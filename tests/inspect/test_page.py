@@ -15,7 +15,7 @@ import pytest
 from qwt_fx.inspect.page.data import STAGES, ChannelRanges, PageData, TowerData
 from qwt_fx.inspect.page.document import render
 from qwt_fx.inspect.page.svg import HEIGHT, WIDTH, number, ticks
-from qwt_fx.measure.layer_statistics import Histogram
+from qwt_fx.measure.layer_statistics import LevelHistogram
 
 VOID = {"meta", "link", "wbr", "br"}
 NAME = "visual.transformer.resblocks.0.mlp.a_rather_long_layer_name_c_fc"
@@ -36,8 +36,8 @@ def _page(*, measured: bool = True, layers: int = 30) -> PageData:
          "applied": True, "parameters": 5}
         for i in range(12)
     ]  # fmt: skip
-    weights = {n: Histogram(-8.5, 7.5, tuple(range(16)), 1.0, -8.0, 7.0, 16) for n in names}
-    values = {n: Histogram(-3.0, 9.0, tuple(range(72)), 0.5, -2.0, 5.5, 16) for n in names}
+    weights = {n: LevelHistogram(-8.5, 7.5, tuple(range(16)), 1.0, -8.0, 7.0, 16) for n in names}
+    values = {n: LevelHistogram(-3.0, 9.0, tuple(range(72)), 0.5, -2.0, 5.5, 16) for n in names}
     width = [(0.1 * i + 0.1) for i in range(768)]
     low = tuple(-w for w in width)
     ranges = [ChannelRanges(n, low, tuple(width), (-1.0,) * 768, (1.0,) * 768) for n in names[:5]]

@@ -9,7 +9,7 @@ from qwt_fx.numerics.histogram import Histogram
 from qwt_fx.numerics.qparams import QuantSpec, fake_quantize_affine
 from qwt_fx.numerics.range_search import search_range
 from qwt_fx.numerics.rescale_search import Rescale, choose_rescale
-from qwt_fx.numerics.split_histogram import Halves
+from qwt_fx.numerics.split_histogram import SplitHistogram
 
 CHANNELS = 48
 WEIGHTS = [torch.ones(1, CHANNELS)]
@@ -30,16 +30,18 @@ def _samples(count: int, seed: int, rows: int = 50) -> Tensor:
     return (each + within).flatten(0, 1) + torch.linspace(-3.0, 3.0, CHANNELS)
 
 
-def _chosen(first: Tensor, second: Tensor | None = None, bits: int = 8) -> tuple[Halves, Rescale]:
-    halves = Halves(_histogram(first), _histogram(first[:0] if second is None else second))
-    return halves, choose_rescale(halves, WEIGHTS, QuantSpec(bits), 8, STRENGTHS, shifts=True)
+def _chosen(
+    first: Tensor, second: Tensor | None = None, bits: int = 8
+) -> tuple[SplitHistogram, Rescale]:
+    values = SplitHistogram(_histogram(first), _histogram(first[:0] if second is None else second))
+    return values, choose_rescale(values, WEIGHTS, QuantSpec(bits), 8, STRENGTHS, shifts=True)
 
 
-def _error(x: Tensor, halves: Halves, chosen: Rescale, bits: int = 8) -> float:
+def _error(x: Tensor, values: SplitHistogram, chosen: Rescale, bits: int = 8) -> float:
     """Mean squared error of new values x, as the rescale and range of these halves quantize them."""
     importance = [chosen.scale.square()] * len(chosen.apart)
     spec = QuantSpec(bits)
-    found = search_range(halves.mass(importance, chosen.apart), spec)
+    found = search_range(values.mass(importance, chosen.apart), spec)
     moved = (x / chosen.scale - chosen.shift).float()
     limits = (spec.quant_min, spec.quant_max)
     again = fake_quantize_affine(moved, found.scale, found.zero_point, *limits)
@@ -48,7 +50,7 @@ def _error(x: Tensor, halves: Halves, chosen: Rescale, bits: int = 8) -> float:
 
 def test_whole_is_the_histogram_of_all_rows() -> None:
     x = _samples(6, seed=0)
-    whole, direct = Halves(_histogram(x[:100]), _histogram(x[100:])).whole, _histogram(x)
+    whole, direct = SplitHistogram(_histogram(x[:100]), _histogram(x[100:])).whole, _histogram(x)
     assert torch.equal(whole.counts, direct.counts)
     assert torch.equal(whole.low, direct.low)
     assert torch.equal(whole.high, direct.high)
@@ -57,21 +59,23 @@ def test_whole_is_the_histogram_of_all_rows() -> None:
 
 
 def test_each_half_is_moved_as_the_other_says() -> None:
-    halves = Halves(_histogram(torch.full((3, 1), 4.0)), _histogram(torch.full((2, 1), 8.0)))
+    values = SplitHistogram(
+        _histogram(torch.full((3, 1), 4.0)), _histogram(torch.full((2, 1), 8.0))
+    )
     one, two = torch.tensor([1.0]).double(), torch.tensor([2.0]).double()
-    mass = halves.mass([one, 10.0 * one], [(two, one), (one, two)])
+    mass = values.mass([one, 10.0 * one], [(two, one), (one, two)])
     # The second half has 2 rows of 8, moved by the first one's (2, 1): 8 / 2 - 1.
     moved = dict(zip(mass.value.tolist(), mass.weight.tolist(), strict=True))
     assert moved == {3.0: 2.0, 2.0: 30.0}
-    assert halves.mass([one]).weight.tolist() == [3.0, 2.0]
+    assert values.mass([one]).weight.tolist() == [3.0, 2.0]
 
 
 @pytest.mark.parametrize("empty", [0, 1])
 def test_an_empty_half_leaves_the_whole_to_judge_itself(empty: int) -> None:
     full, nothing = _histogram(_samples(4, seed=1)), Histogram(CHANNELS)
-    halves = Halves(nothing, full) if empty == 0 else Halves(full, nothing)
-    assert len(halves.fits) == 1
-    chosen = choose_rescale(halves, WEIGHTS, QuantSpec(8), None, (1.0,), shifts=True)
+    values = SplitHistogram(nothing, full) if empty == 0 else SplitHistogram(full, nothing)
+    assert len(values.fits) == 1
+    chosen = choose_rescale(values, WEIGHTS, QuantSpec(8), None, (1.0,), shifts=True)
     (own,) = chosen.apart
     assert torch.equal(own[0], chosen.scale)
     assert torch.equal(own[1], chosen.shift)

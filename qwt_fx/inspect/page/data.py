@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qwt_fx.artifact.json_values import JsonObject
-from qwt_fx.measure.layer_statistics import Histogram
+from qwt_fx.measure.layer_statistics import LevelHistogram
 
 # Series of the blocks' chart, in order.
 STAGES = ("before reparameterization", "after RepQ", "after QwT")
@@ -49,8 +49,8 @@ class TowerData:
     rows: list[JsonObject]
     blocks: list[JsonObject]
     stages: dict[str, dict[str, float | None]] | None = None
-    values: dict[str, Histogram] | None = None
-    weights: dict[str, Histogram] = field(default_factory=dict)
+    values: dict[str, LevelHistogram] | None = None
+    weights: dict[str, LevelHistogram] = field(default_factory=dict)
     ranges: list[ChannelRanges] | None = None
     skips: list[dict[str, str]] = field(default_factory=list)
     latency: dict[str, float] | None = None

@@ -10,7 +10,7 @@ from html import escape
 from qwt_fx.inspect.page import svg
 from qwt_fx.inspect.page.data import STAGES, ChannelRanges, PageData, TowerData
 from qwt_fx.inspect.page.tables import folded, layers_table, skips_table
-from qwt_fx.measure.layer_statistics import Histogram
+from qwt_fx.measure.layer_statistics import LevelHistogram
 
 LAYERS_SHOWN = 6  # layers with charts of their own, a tower
 MOST_LEVELS = 32  # more would be a grey area
@@ -165,7 +165,7 @@ def histograms(page: PageData, tower: TowerData) -> str:
     return grid(cards)
 
 
-def _values_card(name: str, one: Histogram) -> str:
+def _values_card(name: str, one: LevelHistogram) -> str:
     title = f"{name}: input"
     if one.step is None or one.first is None or one.last is None:
         chart = svg.histogram(title, (one.low, one.high), one.counts, (), None, "value")
@@ -182,7 +182,7 @@ def _values_card(name: str, one: Histogram) -> str:
     return card(title, chart, legend, note)
 
 
-def _weights_card(name: str, one: Histogram) -> str:
+def _weights_card(name: str, one: LevelHistogram) -> str:
     title = f"{name}: weight"
     first, last = round(one.first or 0.0), round(one.last or 0.0)
     chart = svg.histogram(
