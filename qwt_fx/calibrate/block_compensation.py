@@ -174,7 +174,10 @@ class BlockCompensation:
         train, judge = both
         held_out = judge if self._settings.hold_out > 0.0 else None
         kind = AffineFit if self._kind.name == "affine" else Fit
-        return self._batches.fitted(kind, lambda: self._compensator.fit(train, held_out))
+        fitted: Fit | AffineFit = self._batches.fitted(
+            kind, lambda: self._compensator.fit(train, held_out)
+        )
+        return fitted
 
     def _targets(self, site: Site, original: Block) -> Iterator[Tensor]:
         """What the block's output should be, batch by batch."""

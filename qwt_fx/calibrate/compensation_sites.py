@@ -15,7 +15,7 @@ from qwt_fx.quant.norms import NORMS, weight_node
 
 aten = torch.ops.aten
 
-Reordering = tuple[Callable[..., Tensor], tuple[object, ...]]
+Reordering = tuple[Callable[..., Tensor], tuple[int | list[int], ...]]
 """An operator and its arguments after the first, the value it is applied to."""
 
 

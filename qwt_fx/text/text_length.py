@@ -28,9 +28,9 @@ _SHORTEST = 3  # a context below this holds no text
 def text_ids(inputs: Iterable[object]) -> Tensor | None:
     """The input, when it is one tensor of token ids (n, context) int; else `None`."""
     values = list(inputs)
-    if len(values) != 1 or not isinstance(values[0], Tensor):
+    ids = values[0] if len(values) == 1 else None
+    if not isinstance(ids, Tensor):
         return None
-    (ids,) = values
     integer = ids.dtype in (torch.int64, torch.int32)
     return ids if integer and ids.dim() == 2 and ids.shape[1] >= _SHORTEST else None
 
@@ -51,8 +51,9 @@ def record_full_length(gm: GraphModule, ids: Tensor) -> None:
         whole = size.node.expr.subs(length, ids.shape[1])
         if whole.is_Integer:
             return int(whole)
-        made: torch.SymInt = size.node.shape_env.create_symintnode(whole, hint=None)
-        return made
+        symbols = size.node.shape_env
+        assert symbols is not None  # captured sizes have one
+        return symbols.create_symintnode(whole, hint=None)
 
     def full(value: object) -> object:
         if not isinstance(value, FakeTensor):
@@ -135,6 +136,6 @@ def length_node(gm: GraphModule) -> Node:
 
 def uncut(node: object) -> object:
     """The constant that `cut_to_length` cut, or the node itself."""
-    if is_call(node, {aten.slice.Tensor}) and is_call(node.args[-1], {aten.sym_size.int}):
-        return node.args[0]
+    if isinstance(node, Node) and is_call(node, {aten.slice.Tensor}):
+        return node.args[0] if is_call(node.args[-1], {aten.sym_size.int}) else node
     return node

@@ -242,7 +242,7 @@ class TokenTracer:
             if len(tokens) > 1 or (masks and node.target is not aten.add.Tensor):
                 raise NotProved(f"{node.name}: combines attention scores")
             return mask_scores(scores, masks[0], self.length) if masks else scores
-        ids, *others = torch.broadcast_tensors(*(t.ids for t in tokens))
+        ids, *others = aten.broadcast_tensors.default([t.ids for t in tokens])
         if any(not torch.equal(ids, other) for other in others):
             raise NotProved(f"{node.name}: combines different positions")
         return Tokens(ids)
