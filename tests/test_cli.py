@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from shallow_demo import LAYERS, write_shallow_demo
 from torch.fx import GraphModule
+from torch.nn.functional import normalize
 
 import qwt_fx
 from qwt_fx import api
@@ -26,6 +29,13 @@ from qwt_fx.cli import main
 from qwt_fx.demo.assets import write_files
 
 CLASSES = 12
+# What a report always has, null where it was not measured.
+REPORT_KEYS = {
+    "schema", "qwt_fx", "torch", "model", "pretrained", "recipe", "compat", "towers", "w_bits",
+    "a_bits", "compensation", "attention", "seed", "calibration", "metrics", "size", "seconds",
+    "peak_rss_bytes", "layers", "blocks", "skips",
+}  # fmt: skip
+QUANTIZED_KEYS = {"acc1", "acc1_ci", "acc5", "n", "agreement", "embedding_sqnr_db"}
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +93,14 @@ def artifact(demo: Path) -> Path:
 
 def test_quantize_writes_an_artifact_and_a_whole_report(artifact: Path) -> None:
     report = _report(artifact)
-    assert set(report) >= set(qwt_fx.report(qwt_fx.clip.load(artifact).image))
+    assert set(report) >= REPORT_KEYS
+    assert set(report["metrics"]["quantized"]) >= QUANTIZED_KEYS
+    assert set(qwt_fx.report(qwt_fx.clip.load(artifact).image)) >= REPORT_KEYS
     assert report["w_bits"] == report["a_bits"] == 6
     assert report["compensation"] == "qwt"
     assert report["calibration"]["samples"] == 24
     assert report["calibration"]["shards"] == 4
     assert report["metrics"]["quantized"]["n"] == CLASSES
-    assert 0.0 <= report["metrics"]["quantized"]["agreement"] <= 1.0
     assert all(v is not None for v in report["metrics"]["quantized"]["embedding_sqnr_db"].values())
     assert report["size"]["quantized_bytes"] == sum(
         (artifact / f"{tower}.safetensors").stat().st_size for tower in ("image", "text")
@@ -99,6 +110,41 @@ def test_quantize_writes_an_artifact_and_a_whole_report(artifact: Path) -> None:
     assert len(quantized) == LAYERS * 4 + 1 + LAYERS * 4
     assert all(row["reason"] for row in report["layers"] if row["w_bits"] is None)
     assert len(report["blocks"]) == 2 * LAYERS
+
+
+def test_metrics_are_those_of_a_zero_shot_classifier_written_out(
+    artifact: Path, demo: Path
+) -> None:
+    metrics = _report(artifact)["metrics"]
+    files = [(label, f) for label, d in enumerate(sorted((demo / "small").iterdir()))
+             for f in sorted(d.iterdir())]  # fmt: skip
+    labels = torch.tensor([label for label, _ in files])
+    templates = (demo / "templates.txt").read_text().splitlines()
+    names = (demo / "names.txt").read_text().splitlines()
+    ranked, features = {}, {}
+    for kind, model in (
+        ("fp32", qwt_fx.clip.load(demo / "model.json", demo / "model.safetensors")),
+        ("quantized", qwt_fx.clip.load(artifact)),
+    ):
+        prompts = [[t.replace("{}", n) for t in templates if t] for n in names]
+        with torch.no_grad():
+            texts = torch.stack([model.text(model.tokenizer(p)) for p in prompts])
+            images = torch.stack([model.transform(Image.open(f).convert("RGB")) for _, f in files])
+            features[kind] = {"image": model.image(images), "text": texts}
+        classes = normalize(normalize(texts, dim=-1).mean(dim=1), dim=-1)
+        ranked[kind] = (normalize(features[kind]["image"], dim=-1) @ classes.T).argsort(
+            dim=1, descending=True
+        )
+        hits = ranked[kind] == labels[:, None]
+        assert metrics[kind]["acc1"] == pytest.approx(float(hits[:, 0].double().mean()))
+        assert metrics[kind]["acc5"] == pytest.approx(float(hits[:, :5].double().sum() / len(hits)))
+    first = [ranked[kind][:, 0] for kind in ("fp32", "quantized")]
+    found = metrics["quantized"]
+    assert found["agreement"] == pytest.approx(float((first[0] == first[1]).double().mean()))
+    for tower, value in found["embedding_sqnr_db"].items():
+        exact, rounded = (features[kind][tower].double() for kind in ("fp32", "quantized"))
+        decibels = 10 * math.log10(exact.square().sum() / (exact - rounded).square().sum())
+        assert value == pytest.approx(decibels, abs=0.01)
 
 
 def test_eval_in_a_new_process_gives_the_same_accuracy(artifact: Path, demo: Path) -> None:

@@ -85,19 +85,24 @@ def test_without_input_scales_only_quantizers_are_added_to_the_graph() -> None:
     assert after == before
 
 
-def test_rescales_alone_leave_the_float_function_as_it_was() -> None:
-    """Weights of 16 bits, nothing refitted: what is left is the error of 8-bit activations."""
-    model = randomize(Tower(2)).double()
-    batches = [b.double() for b in BATCHES]
+def _moved_alone(model: nn.Module, batches: list[Tensor], bits: int) -> GraphModule:
+    """All of the channels' differences moved, nothing else done; the quantizers taken out again."""
     moves = replace(BEST, refit=False, bias_correction=False, reparameterization=1.0)
     reference = _captured(model, batches[0])
     gm = copy.deepcopy(reference)
-    InsertObservers(QuantConfig(16, 8))(gm)
+    InsertObservers(QuantConfig(16, bits))(gm)
     CalibrateLayers(reference, batches, moves)(gm)
     for node in fake_quant_nodes(gm):
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
     gm.recompile()
+    return gm
+
+
+def test_rescales_alone_leave_the_float_function_as_it_was() -> None:
+    """Weights of 16 bits, nothing refitted: what is left is the error of 8-bit activations."""
+    model = randomize(Tower(2)).double()
+    gm = _moved_alone(model, [b.double() for b in BATCHES], bits=8)
     x = EVALUATION.double()
     torch.testing.assert_close(gm(x), model(x), rtol=1e-9, atol=1e-9)
 
@@ -145,23 +150,37 @@ def test_ill_conditioned_values_are_undone() -> None:
     assert "moved into the values" in changes["blocks.0.out.input"]
 
 
-def test_uneven_channels_behind_no_norm_are_evened_out_by_a_product() -> None:
+def _uneven_hidden_channels() -> nn.Module:
+    """A tower a few of whose hidden channels are far larger than the rest."""
     model = randomize(Tower(2))
-    for block in model.blocks:  # a few of the hidden channels are far larger than the rest
+    for block in model.blocks:
         block.fc1.weight.data[:8] *= 30.0
         block.fc1.bias.data[:8] *= 30.0
         block.fc2.weight.data[:, :8] /= 30.0
+    return model
+
+
+def test_uneven_channels_behind_no_norm_are_evened_out_by_a_product() -> None:
+    model = _uneven_hidden_channels()
     scaled = _calibrated(model)
     plain = _calibrated(model, replace(BEST, input_scales=False))
     assert _sqnr(scaled, model) > _sqnr(plain, model) + 1.5
     changes = dict(graph_info(scaled).passes[-1]["changes"])
     assert "product of the input" in changes["blocks.0.fc2.input"]
-    # The quantizers off, the function is what it was, but for refitted weights.
-    before = list(op_sequence(_captured(model, BATCHES[0])))
-    after = [name for name in op_sequence(scaled) if name != "fake_quant"]
+    assert torch.equal(api.convert(scaled)(EVALUATION), scaled(EVALUATION))
+
+
+def test_products_of_inputs_leave_the_float_function_as_it_was() -> None:
+    model = _uneven_hidden_channels().double()
+    batches = [b.double() for b in BATCHES]
+    gm = _moved_alone(model, batches, bits=4)
+    changes = dict(graph_info(gm).passes[-1]["changes"])
+    assert all("product of the input" in changes[f"blocks.{i}.fc2.input"] for i in (0, 1))
+    before = op_sequence(_captured(model, batches[0]))
+    after = [name for name in op_sequence(gm) if name != "fake_quant"]
     assert 0 < len(after) - len(before) <= 4  # a product, and a difference, for each block
-    x = EVALUATION
-    torch.testing.assert_close(api.convert(scaled)(x), scaled(x), rtol=0.0, atol=0.0)
+    x = EVALUATION.double()
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-9, atol=1e-9)
 
 
 def test_ranges_serve_the_output_rather_than_the_tensor() -> None:
@@ -227,6 +246,18 @@ def test_calibration_is_deterministic() -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+def _random_weights(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        parameter.data.uniform_(-0.2, 0.2, generator=generator)
+    return model.eval()
+
+
+def _images(samples: int, channels: int, size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(samples, channels, size, size, generator=generator)
+
+
 def test_convolution_is_fitted_on_its_patches() -> None:
     class Patches(nn.Module):
         def __init__(self) -> None:
@@ -236,9 +267,9 @@ def test_convolution_is_fitted_on_its_patches() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x).flatten(2).transpose(1, 2)
 
-    model = Patches().eval()
+    model = _random_weights(Patches())
     mix = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
-    images = [torch.einsum("ij,njhw->nihw", mix, torch.randn(8, 3, 16, 16)) for _ in range(4)]
+    images = [torch.einsum("ij,njhw->nihw", mix, _images(8, 3, 16, seed=s)) for s in range(4)]
     gptq = _calibrated(model, bits=3, batches=images)
     nearest = _calibrated(model, replace(BEST, rounding="nearest", refit=False), 3, images)
     with torch.no_grad():
@@ -247,8 +278,8 @@ def test_convolution_is_fitted_on_its_patches() -> None:
 
 
 def test_grouped_convolution_is_rounded_to_nearest() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)).eval()
-    images = [torch.randn(4, 4, 8, 8) for _ in range(2)]
+    model = _random_weights(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)))
+    images = [_images(4, 4, 8, seed=s) for s in range(2)]
     gm = _calibrated(model, batches=images)
     changes = dict(graph_info(gm).passes[-1]["changes"])
     assert changes["0"] == "weight rounded to nearest: no rows to fit it on"

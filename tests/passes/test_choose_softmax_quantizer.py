@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from toys import Tower, randomize
+from torch import Tensor
+from toys import Tower, randomize, tokens
 
 import qwt_fx
 from qwt_fx import QuantConfig, api
 from qwt_fx.errors import ConfigError, PassError
 from qwt_fx.graph.graph_info import graph_info
-from qwt_fx.measure.measure import sqnr_db
-from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2
+from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2, QuantSpec
 from qwt_fx.passes import ChooseSoftmaxQuantizer
-from qwt_fx.quant.fake_quant import fake_quant_nodes, fake_quant_of
+from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_nodes, fake_quant_of
 
 WIDTH = 16
 BATCHES = [torch.randn(4, 9, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -30,29 +31,65 @@ def _sharp_tower() -> Tower:
     return model
 
 
-@pytest.mark.parametrize("recipe", ["repq-vit", "best"])
-def test_auto_is_never_worse_than_both_and_takes_the_smaller_error(recipe: str) -> None:
+def _spread_out_tower() -> Tower:
+    """The first block's attention reaches many positions, a few of them far more than the rest."""
     model = _sharp_tower()
-    graph = qwt_fx.capture(model, (BATCHES[0],))
+    model.blocks[0].q.weight.data /= 2.0
+    return model
+
+
+def _errors(model: Tower, block: int, x: Tensor) -> tuple[float, float]:
+    """Squared error of softmax(QK^T) V with log-sqrt2 and with uniform codes of 4 bits, by hand."""
+    with torch.no_grad():
+        value = model.norm_pre(x)
+        for earlier in model.blocks[:block]:
+            value = earlier(value)
+        this = model.blocks[block]
+        heads = [
+            p(this.norm1(value)).unflatten(-1, (2, 8)).transpose(1, 2).double().numpy()
+            for p in (this.q, this.k, this.v)
+        ]
+    q, k, v = heads
+    logits = np.exp(q @ k.swapaxes(-1, -2) / np.sqrt(8.0))
+    probabilities = logits / logits.sum(axis=-1, keepdims=True)
+
+    def scale(scheme: str) -> float:
+        module = FakeQuant(QuantSpec(4, scheme=scheme), "probabilities")
+        module.observe(torch.from_numpy(probabilities).float())
+        assert module.zero_point is None or float(module.zero_point) == 0.0
+        return float(module.scale)
+
+    step, largest = scale(AFFINE), scale(LOG_SQRT2)
+    uniform = step * np.round(probabilities / step).clip(0, 15)
+    codes = np.round(-2.0 * np.log2(probabilities / largest)).clip(0, 15)
+    log_sqrt2 = np.where(codes == 15, 0.0, largest * 2.0 ** (-codes / 2.0))
+    log_error, uniform_error = (
+        float((((rounded - probabilities) @ v) ** 2).sum()) for rounded in (log_sqrt2, uniform)
+    )
+    return log_error, uniform_error
+
+
+@pytest.mark.parametrize("recipe", ["repq-vit", "best"])
+def test_auto_takes_the_smaller_error_at_each_softmax(recipe: str) -> None:
+    model = _spread_out_tower()
+    batches = [tokens(4, 33, seed=s) for s in range(2)]
+    graph = qwt_fx.capture(model, (batches[0],))
     config = QuantConfig(w_bits=8, a_bits=4, recipe=recipe, attention="auto")
     prepared = api.prepare(graph, config)
-    result = ChooseSoftmaxQuantizer(BATCHES)(prepared)
-    assert len(result.changes) == 2
-    for change in result.changes:
+    result = ChooseSoftmaxQuantizer(batches)(prepared)
+    schemes = []
+    for index, change in enumerate(result.changes):
         scheme, _, errors = change.what.partition(":")
-        log, uniform = (float(e.split()[-1]) for e in errors.split(", "))
-        assert scheme == (LOG_SQRT2 if log < uniform else AFFINE)
-    quantized = api.quantize(graph, (), BATCHES, config)
-    x = torch.cat(BATCHES)
-    with torch.no_grad():
-        exact = model(x)
-        found = {
-            name: sqnr_db(
-                exact, api.quantize(graph, (), BATCHES, config.replace(attention=name))(x)
-            )
-            for name in ("uniform", "log2")
-        }
-        assert sqnr_db(exact, quantized(x)) > min(found.values()) - 0.5
+        schemes.append(scheme)
+        said = [float(e.split()[-1]) for e in errors.split(", ")]
+        assert said == pytest.approx(_errors(model, index, batches[0]), rel=2e-3)
+        assert scheme == (LOG_SQRT2, AFFINE)[int(np.argmin(said))]
+    # Spread over 33 positions, most probabilities are below half a uniform step.
+    assert schemes == [LOG_SQRT2, AFFINE]
+    chosen = [m.spec.scheme for m in prepared.modules()
+              if isinstance(m, FakeQuant) and m.name.endswith("probabilities")]  # fmt: skip
+    assert chosen == schemes
+    quantized = api.quantize(graph, (), [b[:2] for b in batches], config)
     passes = [record["pass"] for record in graph_info(quantized).passes]
     assert "ChooseSoftmaxQuantizer" in passes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.fx import GraphModule, Node
 from toys import Tower, randomize, tokens
 
 import qwt_fx
-from qwt_fx import api
+from qwt_fx import api, steps
+from qwt_fx.calibrate.compensators import InputLinear
 from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.layer_settings import LayerSettings
@@ -112,11 +114,30 @@ def test_one_sample_calibrates_and_says_why_it_compensates_nothing() -> None:
     assert torch.isfinite(observed(FRESH)).all()
 
 
-def test_seconds_of_a_compensation_are_not_the_layers() -> None:
+def test_seconds_of_a_compensation_are_not_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the fit of a block, 100 s, and the end of a layer's group, 1 s, move."""
+    now = [0.0]
+
+    def tick(seconds: float) -> None:
+        now[0] += seconds
+
+    fit = InputLinear.fit
+
+    def slow(self: InputLinear, *sums: Any) -> Any:
+        tick(100.0)
+        return fit(self, *sums)
+
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(InputLinear, "fit", slow)
+    graph, _ = _graphs(2)
+    prepared = api.prepare(graph, QuantConfig(4, 4, compensation="qwt"))
     seconds: dict[str, float] = {}
-    graph, _ = _graphs(1)
-    config = QuantConfig(4, 4, compensation="qwt")
-    prepared = api.prepare(graph, config)
-    api.calibrate(prepared, BATCHES, seconds=seconds)
-    assert seconds["calibrate"] > 0.0
-    assert seconds["compensate"] > 0.0
+    groups: list[tuple[int, int]] = []
+
+    def progress(phase: str, done: int, count: int) -> None:
+        groups.append((done, count))
+        tick(1.0)
+
+    api.calibrate(prepared, [b[:6] for b in BATCHES[:2]], seconds=seconds, progress=progress)
+    assert seconds["compensate"] == 200.0  # the last block's, too, which no layer follows
+    assert seconds["calibrate"] == len(groups) == 8  # q, k and v are one

@@ -41,6 +41,23 @@ def _value(gm, name: str, x: torch.Tensor) -> torch.Tensor:
     return held[name]
 
 
+def _regression(
+    reference, q, index: int, output: str, batches: list[torch.Tensor]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a block reads, and what its quantized output misses of the exact block's on the same."""
+    block, original = graph_info(q).blocks[index], graph_info(reference).blocks[index]
+    part = Subgraph(
+        reference, find_node(reference, original.input), find_node(reference, original.output)
+    )
+    read = [_value(q, block.input, b) for b in batches]
+    missing = [
+        part(start(reference, b), x) - _value(q, output, b)
+        for x, b in zip(read, batches, strict=True)
+    ]
+    x, y = (torch.cat(v).reshape(-1, WIDTH).detach().double().numpy() for v in (read, missing))
+    return x, y
+
+
 def test_weights_equal_numpy_least_squares_on_a_well_posed_block() -> None:
     batches = _batches()
     reference, q = _quantized(batches)
@@ -48,22 +65,15 @@ def test_weights_equal_numpy_least_squares_on_a_well_posed_block() -> None:
     InsertCompensation(reference, batches, hold_out=0.0, half=False)(q)
     block = graph_info(q).blocks[1]
     name = block.name
-    x = torch.cat([_value(q, block.input, b).reshape(-1, WIDTH) for b in batches])
-    original = graph_info(reference).blocks[1]
-    part = Subgraph(
-        reference, find_node(reference, original.input), find_node(reference, original.output)
-    )
-    exact = [part(start(reference, b), _value(q, block.input, b)) for b in batches]
     partial = find_node(q, block.output).args[0].args[0].name  # type: ignore[union-attr]
-    rounded = [_value(q, partial, b) for b in batches]
-    y = torch.cat([(e - r).reshape(-1, WIDTH) for e, r in zip(exact, rounded, strict=True)])
-    z = np.concatenate([x.detach().double().numpy(), np.ones((len(x), 1))], axis=1)
-    expected = np.linalg.lstsq(z, y.detach().double().numpy(), rcond=None)[0]
+    x, y = _regression(reference, q, 1, partial, batches)
+    z = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    expected = np.linalg.lstsq(z, y, rcond=None)[0]
     found = qwt_fx.compensations(q)[name]
     np.testing.assert_allclose(found["W"].numpy(), expected[:-1], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found["b"].numpy(), expected[-1], rtol=1e-3, atol=1e-4)
-    residual = y.detach().double().numpy() - z @ expected
-    total = y.detach().double().numpy() - y.detach().double().numpy().mean(axis=0)
+    residual = y - z @ expected
+    total = y - y.mean(axis=0)
     assert found["r2"] == pytest.approx(1 - (residual**2).sum() / (total**2).sum(), abs=1e-6)
     assert first.name == "blocks.0"
 
@@ -184,15 +194,29 @@ def test_aiming_at_the_floating_point_path_repairs_errors_from_before_the_block(
 
 
 def test_noise_is_rejected_on_held_out_samples() -> None:
+    """With fewer tokens than channels a fit explains the tokens that made it, and no others."""
     batches = [tokens(3, 2, seed=i) for i in range(2)]  # 12 tokens for 16 channels
+    fresh = tokens(64, 6, seed=99)
     reference, q = _quantized(batches)
-    code = q.code
-    result = InsertCompensation(reference, batches)(q)
-    for block, record in graph_info(q).compensations.items():
-        assert record["applied"] == (record["r2_held_out"] > 0.0), block
-    assert all("is not positive" in s.reason for s in result.skips)
-    if not result.modified:
-        assert q.code == code
+    code, before = q.code, q(fresh)
+    result = InsertCompensation(reference, batches, half=False)(q)
+    assert not result.modified
+    assert q.code == code and torch.equal(q(fresh), before)
+    records = list(graph_info(q).compensations.values())
+    assert [r["applied"] for r in records] == [False, False]
+    held = np.arange(12) // 2 == 4  # the fifth of six samples, two tokens each
+    for index, (record, skip) in enumerate(zip(records, result.skips, strict=True)):
+        output = graph_info(q).blocks[index].output
+        x, y = _regression(reference, q, index, output, batches)
+        mean_x, mean_y = x[~held].mean(axis=0), y[~held].mean(axis=0)
+        gram = (x[~held] - mean_x).T @ (x[~held] - mean_x)
+        gram += record["ridge"] * np.trace(gram) / WIDTH * np.eye(WIDTH)
+        weight = np.linalg.pinv(gram) @ (x[~held] - mean_x).T @ (y[~held] - mean_y)
+        left = y[held] - mean_y - (x[held] - mean_x) @ weight
+        wanted = 1.0 - (left**2).sum() / ((y[held] - y[held].mean(axis=0)) ** 2).sum()
+        assert wanted < -1.0 and record["r2"] > 0.2
+        assert record["r2_held_out"] == pytest.approx(wanted, rel=1e-6)
+        assert skip.reason == f"R^2 {record['r2_held_out']:.4g} is not positive"
 
 
 def test_held_out_samples_are_spread_and_never_none_or_all() -> None:
