@@ -215,7 +215,7 @@ def test_clip_benchmark_files_have_its_fields(files: Path, tmp_path: Path) -> No
         side = "quantized" if document["pretrained"].endswith("-qwt-fx-w4a4-repq-vit") else "fp32"
         assert {k: report[side][k] for k in document["metrics"]} == document["metrics"]
         # As its `build` command makes a row of it.
-        assert isinstance(document["model"] + " " + document["pretrained"], str)
+        assert all(type(document[key]) is str for key in ("model", "pretrained"))
     assert {d["task"] for d in found} == {"zeroshot_classification", "zeroshot_retrieval"}
     assert set(found[0]["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
 
