@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ import qwt_fx
 from qwt_fx import QuantConfig, api
 from qwt_fx.errors import ConfigError, PassError
 from qwt_fx.graph.graph_info import graph_info
+from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2, QuantSpec
 from qwt_fx.passes import ChooseSoftmaxQuantizer
-from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_nodes, fake_quant_of
+from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_nodes, fake_quant_of, set_mode
 
 WIDTH = 16
 BATCHES = [torch.randn(4, 9, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -92,6 +94,29 @@ def test_auto_takes_the_smaller_error_at_each_softmax(recipe: str) -> None:
     quantized = api.quantize(graph, (), [b[:2] for b in batches], config)
     passes = [record["pass"] for record in graph_info(quantized).passes]
     assert "ChooseSoftmaxQuantizer" in passes
+
+
+def test_the_softmaxes_quantized_alone_disturb_the_output_least_by_what_was_chosen() -> None:
+    model, batches = _spread_out_tower(), [tokens(4, 33, seed=s) for s in range(2)]
+    graph = qwt_fx.capture(model, (batches[0],))
+    sqnr = {}
+    for attention in ("auto", "uniform", "log2"):
+        prepared = api.prepare(graph, QuantConfig(a_bits=4, attention=attention))
+        if attention == "auto":
+            ChooseSoftmaxQuantizer(batches)(prepared)
+        api.observe(prepared, batches)
+        set_mode(prepared, Mode.OFF)
+        softmaxes = [
+            m
+            for m in map(partial(fake_quant_of, prepared), fake_quant_nodes(prepared))
+            if m.name.endswith("probabilities")
+        ]
+        assert len(softmaxes) == 2
+        for module in softmaxes:
+            module.mode = Mode.ON
+        with torch.no_grad():
+            sqnr[attention] = sqnr_db(model(batches[0]), prepared(batches[0]))
+    assert sqnr["auto"] > max(sqnr["uniform"], sqnr["log2"]) + 1.0
 
 
 def test_schemes_differ_between_softmaxes_where_the_errors_do() -> None:
