@@ -23,9 +23,9 @@ Watcher = Callable[..., None]
 def settings(**fields: Any) -> LayerSettings:
     """The settings named, and nothing else done to a layer: no remedy is on by default."""
     none: dict[str, Any] = {
-        "strengths": (0.0,), "fold_values": False, "input_scales": False, "refit": False,
-        "fp_target": False, "rounding": "nearest", "bias_correction": False, "token_scales": False,
-        "output_ranges": False,
+        "reparameterization": 0.0, "fold_values": False, "input_scales": False, "refit": False,
+        "target": "local", "rounding": "nearest", "bias_correction": False, "token_scales": False,
+        "ranges": "tensor",
     }  # fmt: skip
     return LayerSettings(**(none | fields))
 

@@ -9,6 +9,7 @@ from calibrate_watch import calibrated, linear, run_to, settings
 from torch import Tensor, nn
 from toys import Sequence, Tower, randomize, tokens
 
+from qwt_fx.config.layer_settings import STRENGTHS
 from qwt_fx.errors import DataError
 from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of
 
@@ -59,7 +60,9 @@ def test_a_range_is_the_best_for_the_tensor_or_for_the_layers_output(output: boo
     model = nn.Linear(16, 8).eval()
     model.weight.data[:, :2] *= 1e-3  # the large channels are hardly read
     batches = [_heavy_tailed(s) for s in range(3)]
-    gm = calibrated(nn.Sequential(model), batches, settings(output_ranges=output))
+    gm = calibrated(
+        nn.Sequential(model), batches, settings(ranges="output" if output else "tensor")
+    )
     module, x = _input(gm, "0", torch.cat(batches))
     ones, read = np.ones(16), _columns(model.weight)
     weight, other = (read, ones) if output else (ones, read)
@@ -78,7 +81,7 @@ def test_layers_that_read_one_value_share_the_range_that_serves_them_together() 
     model.linear.weight.data[:, :2] *= 1e-3
     model.other.weight.data[:, 2:] *= 1e-2
     batches = [_heavy_tailed(s) for s in range(2)]
-    gm = calibrated(model, batches, settings(output_ranges=True))
+    gm = calibrated(model, batches, settings(ranges="output"))
     module, x = _input(gm, "linear", torch.cat(batches))
     assert _input(gm, "other", batches[0])[0] is module
     weight = _columns(model.linear.weight) + _columns(model.other.weight)
@@ -105,7 +108,7 @@ def test_as_much_of_the_channels_differences_moves_into_the_norm_as_is_said(
     model = randomize(Normed())
     batches = [tokens(64, 9, seed=s) for s in range(2)]
     x = torch.cat(batches)
-    gm = calibrated(model, batches, settings(strengths=(strength,)))
+    gm = calibrated(model, batches, settings(reparameterization=strength))
     module, moved = _input(gm, "linear", x)
     plain = model.norm(x).detach().double().reshape(-1, 16).numpy()
     width, before = (np.log(np.ptp(v, axis=0)) for v in (moved, plain))
@@ -125,14 +128,14 @@ def test_the_strength_chosen_leaves_the_least_error_of_the_output() -> None:
     batches = [tokens(64, 9, seed=s) for s in range(2)]
     x = torch.cat(batches)
 
-    def left(*strengths: float) -> float:
-        gm = calibrated(model, batches, settings(strengths=strengths, output_ranges=True))
+    def left(strength: float | str) -> float:
+        gm = calibrated(model, batches, settings(reparameterization=strength, ranges="output"))
         with torch.no_grad():
             return float((gm(x) - model(x)).square().sum())
 
-    alone = [left(s) for s in (0.0, 0.5, 1.0)]
+    alone = [left(s) for s in STRENGTHS]
     assert max(alone) > 1.5 * min(alone)
-    assert left(0.0, 0.5, 1.0) <= 1.05 * min(alone)
+    assert left("search") <= 1.05 * min(alone)
 
 
 def test_a_value_that_something_else_reads_is_not_moved() -> None:
@@ -143,7 +146,7 @@ def test_a_value_that_something_else_reads_is_not_moved() -> None:
 
     model = randomize(Shared())
     batches = [tokens(16, 9, seed=s) for s in range(2)]
-    gm = calibrated(model, batches, settings(strengths=(1.0,)))
+    gm = calibrated(model, batches, settings(reparameterization=1.0))
     _module, x = _input(gm, "linear", batches[0])
     np.testing.assert_allclose(x, model.norm(batches[0]).detach().reshape(-1, 16), rtol=1e-6)
 
@@ -172,7 +175,7 @@ def test_the_values_of_attention_are_moved_where_that_is_asked_for() -> None:
     batches = [tokens(32, 9, seed=s) for s in range(2)]
     widths = {}
     for fold in (False, True):
-        gm = calibrated(model, batches, settings(strengths=(1.0,), fold_values=fold))
+        gm = calibrated(model, batches, settings(reparameterization=1.0, fold_values=fold))
         _, x = _input(gm, "blocks.0.out", torch.cat(batches))
         widths[fold] = np.std(np.log(np.ptp(x, axis=0)))
     assert widths[False] > 1.2

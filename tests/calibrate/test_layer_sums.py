@@ -67,7 +67,9 @@ def test_sums_are_those_of_what_is_read_rounded_and_what_is_missed(
     watch(monkeypatch, compare)
     model = randomize(Tower(1 if local else 2))
     # Rescales and new weights in front of a layer must not change what its own sums are of.
-    chosen = settings(fp_target=not local, strengths=(0.5,), refit=True, bias_correction=True)
+    chosen = settings(
+        target="local" if local else "fp", reparameterization=0.5, refit=True, bias_correction=True
+    )
     calibrated(model, BATCHES, chosen, (4, 4))
     assert names == [f"blocks.{i}.{n}" for i in range(1 if local else 2) for n in LAYERS]
 

@@ -34,7 +34,7 @@ def _watch_values(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert walk.twin(layer) is twin
             # An input may have been divided meanwhile: it still stands for the same value.
             assert walk.twin(group.source) is twin.args[0]
-            if not walk.remedies.fp_target:
+            if walk.settings.target == "local":
                 continue
             for index, x in enumerate(BATCHES):
                 wanted = run_to(walk.reference, twin, x)
@@ -61,7 +61,7 @@ def test_values_held_are_those_of_a_run_from_the_inputs(
     """While scales move into norms and values, weights are refitted and rounded."""
     seen = _watch_values(monkeypatch)
     chosen = settings(
-        fp_target=target == "fp", strengths=(0.75,), fold_values=True, refit=True,
+        target=target, reparameterization=0.75, fold_values=True, refit=True,
         bias_correction=True,
     )  # fmt: skip
     calibrated(randomize(Tower(2)), BATCHES, chosen, (4, 4))
@@ -77,7 +77,9 @@ def test_values_behind_a_product_put_into_the_graph_are_held(
         block.fc1.bias.data[:8] *= 30.0
         block.fc2.weight.data[:, :8] /= 30.0
     seen = _watch_values(monkeypatch)
-    gm = calibrated(model, BATCHES, settings(input_scales=True, strengths=(1.0,), fp_target=True))
+    gm = calibrated(
+        model, BATCHES, settings(input_scales=True, reparameterization=1.0, target="fp")
+    )
     products = list(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor))
     assert products
     assert seen == LAYERS[:6]
@@ -89,7 +91,7 @@ def test_values_behind_a_compensated_block_are_those_of_the_graph_with_it(
 ) -> None:
     seen = _watch_values(monkeypatch)
     gm = calibrated(
-        randomize(Tower(2)), BATCHES, settings(fp_target=True), (3, 8),
+        randomize(Tower(2)), BATCHES, settings(target="fp"), (3, 8),
         compensation=CompensationSettings(kind, "fp"),
     )  # fmt: skip
     assert seen == LAYERS
@@ -100,7 +102,7 @@ def test_values_behind_a_compensated_block_are_those_of_the_graph_with_it(
 def test_both_graphs_let_go_of_everything_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     walks: list[Any] = []
     watch(monkeypatch, lambda walk, *rest: walks.append(walk))
-    calibrated(randomize(Tower(1)), BATCHES, settings(fp_target=True))
+    calibrated(randomize(Tower(1)), BATCHES, settings(target="fp"))
     first = walks[0]
     for runner in (first._quantized, first._floating):
         assert [len(held) for held in runner.envs] == [0, 0]
