@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx.artifact.json_values import Json, plain_dict
-from qwt_fx.batches.batch import as_inputs
+from qwt_fx.batches.batch import Batch, as_inputs
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal, StoredJournal
 from qwt_fx.errors import ConfigError
@@ -76,7 +76,7 @@ def _model_digest(gm: GraphModule) -> str:
     return digest.hexdigest()
 
 
-def _batches_digest(batches: Sequence[object]) -> str:
+def _batches_digest(batches: Sequence[Batch]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for value in torch.utils._pytree.tree_leaves(as_inputs(batch)):
