@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 
-from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map_only
 
-from qwt_fx.batches.batch import Batch, Batches
+from qwt_fx.batches.batch import Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.value_store import ValueStore, value_store
 from qwt_fx.calibrate.observe_ranges import check_parameters, config_of, observe
@@ -140,7 +138,8 @@ def _calibrate(prepared: GraphModule, batches: DistributedBatches, run: _Run) ->
         run.ranges_found()
     with timed(run.seconds, "calibrate"):
         if batches.ranks.first:  # which holds batch 0
-            measure_layers(prepared, _first_samples(batches.batches[0]))
+            # What quantization does to each layer: every product runs on these twice.
+            measure_layers(prepared, batches.first_samples())
 
 
 def _published(
@@ -168,12 +167,6 @@ def _published(
                 journal=run.journal,
                 store=run.store,
             )(prepared)
-
-
-def _first_samples(batch: Batch, count: int = 32) -> Batch:
-    """Samples that tell what quantization does to each layer; every product runs on them twice."""
-    first: Batch = tree_map_only(Tensor, lambda x: x[:count] if x.dim() else x, batch)
-    return first
 
 
 def _floating_twin(prepared: GraphModule) -> GraphModule:

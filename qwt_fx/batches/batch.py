@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from qwt_fx.errors import DataError
@@ -49,3 +51,10 @@ def check_batches(batches: Iterable[Item]) -> Sequence[Item]:
 def batch_size(batch: Batch) -> int:
     """Number of samples of a batch."""
     return int(as_inputs(batch)[0].shape[0])
+
+
+def add_to_digest(digest: hashlib._Hash, value: Tensor) -> None:
+    """Add a tensor's dtype, shape and values."""
+    digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy().data)

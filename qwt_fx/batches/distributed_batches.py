@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from qwt_fx.batches.batch import Batch, Batches, batch_size, check_batches
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from qwt_fx.batches.batch import Batch, Batches, add_to_digest, as_inputs, batch_size, check_batches
 from qwt_fx.batches.ranks import Message, Ranks
 from qwt_fx.errors import DataError
 
@@ -73,6 +77,22 @@ class DistributedBatches(Iterable[Batch]):
     def fitted(self, kind: Callable[..., Fitted], make: Callable[[], Fitted]) -> Fitted:
         """A dataclass, `kind`, that the first rank makes of what all have sent it."""
         return kind(**self.ranks.from_first(lambda: vars(make())))
+
+    def first_samples(self, count: int = 32) -> Batch:
+        """The first samples of this rank's first batch."""
+        first: Batch = tree_map_only(Tensor, lambda x: x[:count] if x.dim() else x, self.batches[0])
+        return first
+
+    def digest(self) -> str:
+        """SHA-256 of every value of this rank's batches."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for value in tree_leaves(as_inputs(batch)):
+                if isinstance(value, Tensor):
+                    add_to_digest(digest, value)
+                else:
+                    digest.update(repr(value).encode())
+        return digest.hexdigest()
 
     def in_order(self, messages: Callable[[int], Iterable[Message]]) -> Iterator[Message]:
         """On the first rank, what `messages(k)` yields for the k-th batch of each rank, in the order of

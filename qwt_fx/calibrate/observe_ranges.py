@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.batches.batch import Batch, Batches, as_inputs
+from qwt_fx.batches.batch import Batch, Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.ranks import Ranks
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
@@ -23,7 +23,7 @@ from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import DataError, NotCalibratedError
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import tensor_of
-from qwt_fx.graph.runner import start
+from qwt_fx.graph.runner import run_all
 from qwt_fx.quant.fake_quant import (
     FakeQuant,
     Mode,
@@ -104,9 +104,8 @@ def _observe(gm: GraphModule, batches: DistributedBatches, nodes: Sequence[Node]
 
     def run() -> None:
         first = batches.batches[0]
-        with torch.no_grad(), masked_rows(gm, first, activations) if masked else nullcontext():
-            start(gm, first)  # raises a clear error when the batch does not fit the model
-            gm(*as_inputs(first))
+        with masked_rows(gm, first, activations) if masked else nullcontext():
+            run_all(gm, first)
 
     observe_on_first(batches.ranks, [fake_quant_of(gm, n) for n in nodes], run)
 

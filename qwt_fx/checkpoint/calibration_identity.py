@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx.artifact.json_values import Json, plain_dict
-from qwt_fx.batches.batch import Batch, as_inputs
+from qwt_fx.batches.batch import add_to_digest
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal, StoredJournal
 from qwt_fx.errors import ConfigError
@@ -61,7 +60,7 @@ def calibration_identity(prepared: GraphModule, batches: DistributedBatches) -> 
         "device": device,
         **{f"setting {name}": value for name, value in settings.items()},
         "model": _model_digest(prepared),
-        "calibration data": _batches_digest(batches.batches),
+        "calibration data": batches.digest(),
     }
 
 
@@ -72,22 +71,5 @@ def _model_digest(gm: GraphModule) -> str:
     named = [*gm.named_parameters(), *gm.named_buffers()]
     for name, value in sorted(named, key=lambda entry: entry[0]):
         digest.update(name.encode())
-        _add(digest, value)
+        add_to_digest(digest, value)
     return digest.hexdigest()
-
-
-def _batches_digest(batches: Sequence[Batch]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for value in torch.utils._pytree.tree_leaves(as_inputs(batch)):
-            if isinstance(value, Tensor):
-                _add(digest, value)
-            else:
-                digest.update(repr(value).encode())
-    return digest.hexdigest()
-
-
-def _add(digest: hashlib._Hash, value: Tensor) -> None:
-    digest.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy().data)
