@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
 ) -> None:
     output = tmp_path / "out"
     words = clip_files.words(output, *REPQ)
-    assert program.run(words, at=["step", 3], signal=int(signal.SIGKILL)) == KILLED
+    assert program.run(words, at=["step", 2], signal=int(signal.SIGKILL)) == KILLED
     last = sorted((tmp_path / "out.partial" / "calibration" / "image").glob("0*"))[-1]
     last.write_bytes(last.read_bytes()[:-1])
     assert program.run([*words, "--resume"]) == 0, program.said

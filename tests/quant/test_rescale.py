@@ -11,6 +11,7 @@ from built_graph import Built
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.graph.correspondence import Correspondence
 from qwt_fx.numerics.qparams import QuantSpec
 from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_of
 from qwt_fx.quant.rescale import (
@@ -156,7 +157,7 @@ def test_an_input_gets_a_product_in_front_of_its_quantizer(shift: Tensor) -> Non
     quantizer = built.quantizer("q", source, module)
     gm = built.done(quantizer, source)
     new = divide_input(gm, quantizer, SCALE, shift)
-    assert quantizer.args[0] is new and new.meta["replaces"] == source.name
+    assert quantizer.args[0] is new and Correspondence.name_of(new) == source.name
     rounded, untouched = _run(gm)
     # -X / (2, 10) is (-2, -3), (1, -5): multiples of the step, with the shift or without.
     wanted = np.array([[-2.0, -3.0], [1.0, -5.0]]) - shift.numpy()
@@ -173,7 +174,7 @@ def test_a_second_product_stands_for_what_the_first_one_did() -> None:
     gm = built.done(quantizer)
     divide_input(gm, quantizer, SCALE, NO_SHIFT)
     last = divide_input(gm, quantizer, torch.tensor([0.5, 0.1], dtype=torch.float64), NO_SHIFT)
-    assert last.meta["replaces"] == "x"
+    assert Correspondence.name_of(last) == "x"
     np.testing.assert_allclose(_run(gm).numpy(), np.round(X.numpy() * 2) / 2)
 
 

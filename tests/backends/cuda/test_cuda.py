@@ -18,6 +18,7 @@ import qwt_fx
 from qwt_fx import QuantConfig
 from qwt_fx.backends import backend_for
 from qwt_fx.backends.cuda.int8_gemm import INT8_LINEAR
+from qwt_fx.backends.lowering import LAYERS
 from qwt_fx.clip.clip import ImageTower, TextTower
 from qwt_fx.errors import ConfigError, PreconditionError
 from qwt_fx.measure.measure import sqnr_db
@@ -127,7 +128,7 @@ def test_linears_of_one_value_are_one_product() -> None:
     assert _parity(q, lowered, x) > PARITY_DB
     applied = set(qwt_fx.compensations(q))
     assert applied
-    groups = [n.meta["int8_layers"] for n in _calls(lowered)]
+    groups = [n.meta[LAYERS] for n in _calls(lowered)]
     for block in ("blocks.0", "blocks.1"):
         names = [f"{block}.{n}" for n in "qkv"]
         names += [f"{block}.compensation"] if block in applied else []
