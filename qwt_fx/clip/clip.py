@@ -14,14 +14,16 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from qwt_fx.artifact.artifact import Artifact, read_artifact
 from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.clip.model_source import ModelSource, find_source, first_line
+from qwt_fx.clip.preprocessing import PreprocessOverrides, of_file, words
 from qwt_fx.clip.towers import ClipEncoder, ImageTower, TextTower
-from qwt_fx.clip.weights import load_weights, read_checkpoint
+from qwt_fx.clip.weights import Checkpoint, load_weights, read_checkpoint
 from qwt_fx.data.data import Tokenizer
-from qwt_fx.data.decoding import Transform
+from qwt_fx.data.decoding import Transform, to_rgb
 from qwt_fx.errors import ArtifactError, ConfigError, MissingExtraError, ModelError
 
 _log = logging.getLogger(__name__)
@@ -75,9 +77,13 @@ class ClipModel:
 
     @cached_property
     def transform(self) -> Transform:
-        """Evaluation preprocessing: a PIL image to float32 (3, h, w)."""
-        transform: Transform = image_transform_v2(PreprocessCfg(**self.preprocess), is_train=False)
-        return transform
+        """Evaluation preprocessing: a PIL image of any mode to float32 (3, h, w).
+
+        Converted to RGB first (`data.decoding.to_rgb`): open_clip would resize alpha and palettes, and
+        make 16 bits white. EXIF rotation is ignored, as open_clip does.
+        """
+        steps = image_transform_v2(PreprocessCfg(**self.preprocess), is_train=False)
+        return Compose([to_rgb, *steps.transforms])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -118,6 +124,7 @@ def load(
     precision: str = "fp32",
     allow_random: bool = False,
     allow_torchscript: bool = False,
+    preprocess: PreprocessOverrides | None = None,
 ) -> ClipModel:
     """Load a CLIP in evaluation mode.
 
@@ -133,19 +140,34 @@ def load(
             float32 all the same. An artifact keeps its own.
         allow_random: accept random weights where `pretrained` is None.
         allow_torchscript: run the code of a TorchScript archive that cannot be read otherwise.
+        preprocess: mean, std, resize mode and interpolation that replace the model's own. A file of
+            weights for a registry model has the preprocessing that all tags of the model agree on.
 
-    Raises `ModelError` for a model or weights that are unknown, missing, damaged or do not match,
+    Raises `ModelError` for a model or weights that are unknown, missing, damaged or do not match, and
+    for a file whose preprocessing the model's tags do not agree on and `preprocess` does not give;
     `ConfigError` for an unknown precision, `ArtifactError` for a damaged artifact.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
+    overrides = preprocess or PreprocessOverrides()
     name, pretrained = fspath(name), None if pretrained is None else fspath(pretrained)
     if (Path(name) / "artifact.json").is_file():
         if pretrained is not None:
             raise ModelError(f"artifact {name} holds its weights: leave {pretrained!r} out")
+        if given := overrides.given():
+            raise ConfigError(
+                f"artifact {name} holds its preprocessing: leave "
+                f"{', '.join(words(f, v) for f, v in given.items())} out"
+            )
         return from_artifact(read_artifact(Path(name)), device=device)
     source = find_source(name, pretrained, allow_random)
-    model = _open_clip_model(source, allow_torchscript)
+    checkpoint = None
+    if source.weights is not None:
+        checkpoint = read_checkpoint(source.weights, allow_torchscript=allow_torchscript)
+    told: dict[str, object] = {}
+    if checkpoint is not None and source.untold is not None:
+        told = of_file(source.untold, openai=checkpoint.openai, overrides=overrides)
+    model = _open_clip_model(source, checkpoint)
     size = getattr(model.visual, "image_size", None) or source.preprocess["size"]
     scale = math.exp(model.get_parameter("logit_scale").item())
     model = model.to(device=device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
@@ -157,7 +179,7 @@ def load(
         logit_scale=scale,
         model_config=source.config,
         # The towers' own size rules: a configuration of the preprocessing may leave it out.
-        preprocess=source.preprocess | {"size": size},
+        preprocess=source.preprocess | told | overrides.given() | {"size": size},
         tokenizer_config=source.tokenizer,
         device=str(device),
     )
@@ -184,11 +206,8 @@ def load_clip_benchmark(
     return encoder, model.transform, model.tokenizer
 
 
-def _open_clip_model(source: ModelSource, allow_torchscript: bool) -> nn.Module:
+def _open_clip_model(source: ModelSource, checkpoint: Checkpoint | None) -> nn.Module:
     """The open_clip model of a source, float32 on the CPU; sets `quick_gelu` in its config."""
-    checkpoint = None
-    if source.weights is not None:
-        checkpoint = read_checkpoint(source.weights, allow_torchscript=allow_torchscript)
     if source.quick_gelu or (checkpoint is not None and checkpoint.openai):
         if not source.config.get("quick_gelu"):
             _log.warning(

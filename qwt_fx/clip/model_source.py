@@ -17,6 +17,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from qwt_fx.artifact.json_values import JsonObject
+from qwt_fx.clip.preprocessing import unusual_flags
 from qwt_fx.errors import ModelError
 
 _REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
@@ -46,6 +47,7 @@ class ModelSource:
             else a hub name or a folder), `context_length`, `mode`, `kwargs`.
         weights: the checkpoint file; None for random weights.
         quick_gelu: the weights were trained with QuickGELU, whatever the configuration says.
+        untold: its name in the registry, where a file of weights does not tell the preprocessing.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ModelSource:
     tokenizer: JsonObject
     weights: Path | None
     quick_gelu: bool = False
+    untold: str | None = None
 
 
 def find_source(name: str, pretrained: str | None, allow_random: bool) -> ModelSource:
@@ -90,6 +93,7 @@ def _source(
     *,
     quick_gelu: bool = False,
     tokenizer_folder: str | None = None,
+    untold: str | None = None,
 ) -> ModelSource:
     text = config["text_cfg"]
     source = text.get("hf_tokenizer_name") or None
@@ -100,7 +104,7 @@ def _source(
         "kwargs": text.get("tokenizer_kwargs") or {},
     }
     merged = merge_preprocess_dict(asdict(PreprocessCfg()), preprocess)
-    return ModelSource(name, config, merged, tokenizer, weights, quick_gelu)
+    return ModelSource(name, config, merged, tokenizer, weights, quick_gelu, untold)
 
 
 def _unknown(name: str) -> str:
@@ -119,13 +123,14 @@ def _from_registry(name: str, pretrained: str | None, allow_random: bool) -> Mod
     config = open_clip.get_model_config(name)
     tag = None if pretrained is None else open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
-        return _source(name, config, {}, _local_weights(name, pretrained, allow_random))
+        weights = _local_weights(name, pretrained, allow_random)
+        return _source(name, config, {}, weights, untold=name if weights else None)
     try:
         weights = Path(open_clip.download_pretrained(tag))
     except Exception as error:  # the hub's client, urllib and the file system raise many kinds
         raise ModelError(
             f"weights {pretrained!r} of {name}: cannot be downloaded ({first_line(error)}); give "
-            "a local checkpoint as --pretrained FILE"
+            f"a local checkpoint as --pretrained FILE{unusual_flags(name, str(pretrained))}"
         ) from error
     return _source(name, config, tag, weights, quick_gelu=bool(tag.get("quick_gelu")))
 

@@ -127,10 +127,13 @@ def preprocess_document(model: ClipModel) -> JsonObject:
             "resize_mode": known["resize_mode"],
             "interpolation": known["interpolation"],
             "fill_color": known["fill_color"],
+            "color": "RGB of 8 bits before resizing: alpha dropped, grey repeated, 16 bits >> 8",
+            "exif_rotation": "ignored",
             "scale": 1.0 / 255.0,
             "mean": list(known["mean"]),
             "std": list(known["std"]),
-            "steps": "resize (antialiased), crop the centre, times scale, minus mean, over std",
+            "steps": "convert to RGB, resize (antialiased), crop the centre, times scale, minus mean, "
+            "over std",
         },
         "text": {
             "input": "text",

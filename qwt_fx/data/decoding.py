@@ -75,11 +75,24 @@ def open_image(data: bytes) -> Image.Image:
     short, long = sorted(image.size)
     if long > MAX_ASPECT * max(short, 1):
         raise DataError(f"image of {image.width} x {image.height}, wanted sides within 1:200")
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as RGB of 8 bits: alpha dropped, grey repeated, of 16 bits the upper 8.
+
+    Raises:
+        DataError: floating-point pixels of at most 1, which Pillow would make black.
+    """
     if image.mode.startswith("I"):
         # Pillow would clip 16 bits to 255, which turns most such images white.
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray((wide.clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    elif image.mode == "F" and float(np.asarray(image).max(initial=0.0)) <= 1.0:
+        raise DataError(
+            "image of floating-point pixels of at most 1, wanted 0 to 255: save it with 8 bits"
+        )
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_in_order(

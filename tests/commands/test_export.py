@@ -91,16 +91,36 @@ def test_the_folder_holds_all_that_running_needs(artifact: Path, exported: Path)
     }  # fmt: skip
     assert known["text"]["context_length"] == 12
     assert "49407" in (exported / "tokenizer.txt").read_text()
-    # The description is enough to do what open_clip does.
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+def test_the_description_of_the_preprocessing_is_enough_to_do_it(
+    artifact: Path, exported: Path, mode: str
+) -> None:
+    known = json.loads((exported / "preprocess.json").read_text())
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    wide = pixels[..., 0].astype(np.uint16) * 256 + pixels[..., 1]
+    colors = Image.fromarray(pixels)
+    image = (
+        Image.fromarray(wide)
+        if mode == "I;16"
+        else colors
+        if mode == "RGBA"
+        else colors.convert(mode)
+    )
+    assert image.mode == mode
+    assert known["image"]["color"] == (
+        "RGB of 8 bits before resizing: alpha dropped, grey repeated, 16 bits >> 8"
+    )
+    picture = Image.fromarray((wide >> 8).astype(np.uint8)) if mode == "I;16" else image
+    picture = picture.convert("RGB")
     assert known["image"]["resize_mode"] == "squash"
     size = (known["image"]["width"], known["image"]["height"])
     resized = np.asarray(picture.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     mean, std = (np.array(known["image"][key], dtype=np.float32) for key in ("mean", "std"))
     mine = ((resized * known["image"]["scale"] - mean) / std).transpose(2, 0, 1)
     torch.testing.assert_close(
-        torch.from_numpy(mine), clip.load(artifact).transform(picture), atol=1e-5, rtol=1e-5
+        torch.from_numpy(mine), clip.load(artifact).transform(image), atol=1e-5, rtol=1e-5
     )
 
 

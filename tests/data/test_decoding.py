@@ -39,6 +39,13 @@ def test_sixteen_bits_keep_their_brightness() -> None:
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0x12, 0x80, 0xFF]
 
 
+def test_floating_point_pixels_of_at_most_one_are_refused_not_black() -> None:
+    bright = np.full((2, 2), 200.0, dtype=np.float32)
+    assert open_image(encoded(Image.fromarray(bright), "TIFF")).getpixel((0, 0)) == (200,) * 3
+    with pytest.raises(DataError, match="floating-point pixels of at most 1, wanted 0 to 255"):
+        open_image(encoded(Image.fromarray(bright / 255.0), "TIFF"))
+
+
 def test_exif_rotation_is_left_alone() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
