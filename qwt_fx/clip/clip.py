@@ -19,7 +19,8 @@ from torchvision.transforms import Compose
 from qwt_fx.artifact.artifact import Artifact, read_artifact
 from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.clip.model_source import ModelSource, find_source, first_line
-from qwt_fx.clip.preprocessing import PreprocessOverrides, of_file, words
+from qwt_fx.clip.preprocessing import PreprocessOverrides, words
+from qwt_fx.clip.tags import of_file, quick_gelu_of_file
 from qwt_fx.clip.towers import ClipEncoder, ImageTower, TextTower
 from qwt_fx.clip.weights import Checkpoint, load_weights, read_checkpoint
 from qwt_fx.data.data import Tokenizer
@@ -208,7 +209,12 @@ def load_clip_benchmark(
 
 def _open_clip_model(source: ModelSource, checkpoint: Checkpoint | None) -> nn.Module:
     """The open_clip model of a source, float32 on the CPU; sets `quick_gelu` in its config."""
-    if source.quick_gelu or (checkpoint is not None and checkpoint.openai):
+    quick_gelu = source.quick_gelu or (checkpoint is not None and checkpoint.openai)
+    if not quick_gelu and source.untold is not None and not source.config.get("quick_gelu"):
+        quick_gelu, note = quick_gelu_of_file(source.untold)
+        if note is not None:
+            _log.warning("%s", note)
+    if quick_gelu:
         if not source.config.get("quick_gelu"):
             _log.warning(
                 "%s: these weights were trained with QuickGELU; using it instead of GELU",

@@ -17,7 +17,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from qwt_fx.artifact.json_values import JsonObject
-from qwt_fx.clip.preprocessing import unusual_flags
+from qwt_fx.clip.tags import unusual_flags
 from qwt_fx.errors import ModelError
 
 _REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})

@@ -12,7 +12,8 @@ import torch
 from small_clip import small_config, small_model, write_config, write_openai_archive
 
 from qwt_fx.clip import clip
-from qwt_fx.clip.preprocessing import PreprocessOverrides, describe, of_file, of_tag, unusual_flags
+from qwt_fx.clip.preprocessing import PreprocessOverrides, describe
+from qwt_fx.clip.tags import of_file, of_tag, unusual_flags
 from qwt_fx.errors import ConfigError, ModelError
 
 NONE = PreprocessOverrides()
@@ -165,3 +166,19 @@ def test_bad_overrides_are_refused(values: dict[str, Any], problem: str) -> None
     with pytest.raises(ConfigError) as error:
         PreprocessOverrides(**values)
     assert problem in str(error.value)
+
+
+def test_quickgelu_is_taken_where_all_tags_have_it_and_said_where_they_differ(
+    registry: dict[str, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry["one"]["quick_gelu"] = True
+    model = clip.load("small", weights(tmp_path))
+    assert not model.model_config.get("quick_gelu")
+    assert [record.getMessage() for record in caplog.records] == [
+        "small: computing GELU; weights of the tags one were trained with QuickGELU; if yours is one "
+        "of them, use --model small-quickgelu"
+    ]
+    caplog.clear()
+    registry["two"]["quick_gelu"] = True
+    assert clip.load("small", weights(tmp_path)).model_config["quick_gelu"] is True
+    assert "these weights were trained with QuickGELU" in caplog.text
