@@ -1,8 +1,9 @@
 """What open_clip's tags tell of a registry model's weights, for a file that names no tag.
 
 open_clip keeps mean, std, interpolation, resize mode and QuickGELU with each tag, not with the model.
-What all tags of the model agree on holds for the file too; where they differ, a wrong guess is a model that
-answers and is wrong, so the user is asked (preprocessing) or told (the activation)."""
+What all tags of the model agree on holds for the file too; where they differ, a wrong guess is a model
+that answers and is wrong, so the user is asked (preprocessing) or told (the activation).
+"""
 
 from __future__ import annotations
 
