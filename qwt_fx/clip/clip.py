@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
 
-import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
@@ -18,16 +16,15 @@ from torchvision.transforms import Compose
 
 from qwt_fx.artifact.artifact import Artifact, read_artifact
 from qwt_fx.artifact.json_values import JsonObject
-from qwt_fx.clip.model_source import ModelSource, find_source, first_line
+from qwt_fx.clip.model_source import find_source, first_line
+from qwt_fx.clip.open_clip_model import open_clip_model, tokenizer_of
 from qwt_fx.clip.preprocessing import PreprocessOverrides, words
-from qwt_fx.clip.tags import of_file, quick_gelu_of_file
+from qwt_fx.clip.tags import of_file
 from qwt_fx.clip.towers import ClipEncoder, ImageTower, TextTower
-from qwt_fx.clip.weights import Checkpoint, load_weights, read_checkpoint
+from qwt_fx.clip.weights import read_checkpoint
 from qwt_fx.data.data import Tokenizer
 from qwt_fx.data.decoding import Transform, to_rgb
-from qwt_fx.errors import ArtifactError, ConfigError, MissingExtraError, ModelError
-
-_log = logging.getLogger(__name__)
+from qwt_fx.errors import ArtifactError, ConfigError, ModelError
 
 TOWERS = ("image", "text")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +90,7 @@ class ClipModel:
         Made on first use: some models' tokenizers come from the Hugging Face hub. Raises
         `ModelError` when it cannot be had.
         """
-        return _tokenizer(self.tokenizer_config)
+        return tokenizer_of(self.tokenizer_config)
 
     def example(self, tower: str, batch: int = 1) -> Tensor:
         """What a tower reads, for capture; see `image_example` and `text_example`."""
@@ -168,7 +165,7 @@ def load(
     told: dict[str, object] = {}
     if checkpoint is not None and source.untold is not None:
         told = of_file(source.untold, openai=checkpoint.openai, overrides=overrides)
-    model = _open_clip_model(source, checkpoint)
+    model = open_clip_model(source, checkpoint)
     size = getattr(model.visual, "image_size", None) or source.preprocess["size"]
     scale = math.exp(model.get_parameter("logit_scale").item())
     model = model.to(device=device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
@@ -205,74 +202,6 @@ def load_clip_benchmark(
     model = load(model_name, pretrained or None, device=device)
     encoder = ClipEncoder(model.image, model.text, model.logit_scale).to(device)
     return encoder, model.transform, model.tokenizer
-
-
-def _open_clip_model(source: ModelSource, checkpoint: Checkpoint | None) -> nn.Module:
-    """The open_clip model of a source, float32 on the CPU; sets `quick_gelu` in its config."""
-    quick_gelu = source.quick_gelu or (checkpoint is not None and checkpoint.openai)
-    if not quick_gelu and source.untold is not None and not source.config.get("quick_gelu"):
-        quick_gelu, note = quick_gelu_of_file(source.untold)
-        if note is not None:
-            _log.warning("%s", note)
-    if quick_gelu:
-        if not source.config.get("quick_gelu"):
-            _log.warning(
-                "%s: these weights were trained with QuickGELU; using it instead of GELU",
-                source.name,
-            )
-        source.config["quick_gelu"] = True
-    model = _build(source)
-    if checkpoint is not None:
-        load_weights(model, checkpoint, source.name)
-    return model
-
-
-def _build(source: ModelSource) -> nn.Module:
-    """An open_clip model with random weights.
-
-    open_clip's own create_model would do, but it configures the root logger, and takes a
-    configuration by name only.
-    """
-    config = copy.deepcopy(source.config)
-    text, vision = config["text_cfg"], config["vision_cfg"]
-    # Whole-model weights follow: neither tower's own pretrained ones are wanted.
-    if "hf_model_name" in text:
-        text["hf_model_pretrained"] = False
-    if "timm_model_name" in vision:
-        vision["timm_model_pretrained"] = False
-    kind = open_clip.CLIP
-    if config.pop("custom_text", False) or "hf_model_name" in text:
-        kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
-    try:
-        model: nn.Module = kind(**config)
-    except Exception as error:  # whatever open_clip, timm or transformers make of a bad value
-        raise ModelError(
-            f"{source.name}: open_clip cannot build this configuration: {first_line(error)}"
-        ) from error
-    return model
-
-
-def _tokenizer(config: JsonObject) -> Tokenizer:
-    tokenizer: Tokenizer
-    if config["source"] is None:
-        tokenizer = open_clip.SimpleTokenizer(
-            context_length=config["context_length"], **config["kwargs"]
-        )
-        return tokenizer
-    try:
-        tokenizer = open_clip.tokenizer.HFTokenizer(
-            config["source"],
-            context_length=config["context_length"],
-            tokenizer_mode=config["mode"],
-            **config["kwargs"],
-        )
-    except ImportError as error:
-        raise MissingExtraError(
-            f"tokenizer {config['source']} needs transformers: pip install 'qwt-fx[hf]'"
-        ) from error
-    except Exception as error:  # the hub's client raises many kinds
-        raise ModelError(f"tokenizer {config['source']}: {first_line(error)}") from error
-    return tokenizer
 
 
 _STORED = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qwt_fx.batches.value_store import parse_size
+from qwt_fx.clip.preprocessing import INTERPOLATIONS, RESIZE_MODES
 from qwt_fx.config import config as quant
 from qwt_fx.errors import ConfigError
 
@@ -113,6 +114,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the code in a TorchScript checkpoint that cannot be read without it",
     )
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--image-{name}", nargs=3, type=float, metavar=("R", "G", "B"),
+            help="of pixels in [0, 1], instead of the model's own",
+        )  # fmt: skip
+    group.add_argument("--resize-mode", choices=RESIZE_MODES, help="instead of the model's own")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="instead of the model's own")
     group.add_argument("--device", default="auto", help="auto, cpu or cuda[:N] (default auto)")
     group.add_argument(
         "--precision",

@@ -57,6 +57,8 @@ def _words(path: Path, key: str, value: object, option: str, action: argparse.Ac
         if not isinstance(value, bool):
             raise ConfigError(f"--config {path}: {key}: got {value!r}, wanted true or false")
         return [option] if value else []
+    if isinstance(action.nargs, int) and isinstance(value, list):
+        return [option, *map(str, value)]  # argparse says how many of which kind it wants
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ConfigError(f"--config {path}: {key}: got {value!r}, wanted a string or a number")
     return [f"{option}={value}"]

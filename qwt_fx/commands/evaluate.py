@@ -19,7 +19,13 @@ from qwt_fx.clip import clip
 from qwt_fx.clip.clip import TOWERS
 from qwt_fx.commands.arguments import add_common, add_eval, add_model, natural, positive
 from qwt_fx.commands.classification import Evaluation, metrics_of
-from qwt_fx.commands.inputs import device_of, load_model, open_evaluation, open_retrieval
+from qwt_fx.commands.inputs import (
+    device_of,
+    load_model,
+    open_evaluation,
+    open_retrieval,
+    show_preprocessing,
+)
 from qwt_fx.commands.results import (
     in_output_directory,
     kept_report,
@@ -111,6 +117,7 @@ def _evaluate(
     model = floating or loaded  # gives the transform and the tokenizer
     if model is None:  # run() checked; fp32_eval needs --model
         raise ConfigError("--model is needed: an open_clip name or a config JSON")
+    show_preprocessing(model, screen)
     evaluation = open_evaluation(args, model, screen, store)
     retrieval = open_retrieval(args, model, store)
     sides = {} if floating is None else {"fp32": floating.towers}

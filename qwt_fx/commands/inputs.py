@@ -14,6 +14,7 @@ from qwt_fx.batches.value_store import ValueStore
 from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import ClipModel
+from qwt_fx.clip.preprocessing import PreprocessOverrides, describe
 from qwt_fx.commands.arguments import samples_of
 from qwt_fx.commands.classification import Evaluation
 from qwt_fx.commands.retrieval import Retrieval
@@ -56,7 +57,7 @@ def _own_gpu(name: str) -> str:
 
 
 def load_model(args: argparse.Namespace) -> ClipModel:
-    """The model of `--model` and `--pretrained`."""
+    """The model of `--model` and `--pretrained`, its images prepared as the flags say."""
     if args.model is None:
         raise ConfigError("--model is needed: an open_clip name or a config JSON")
     return clip.load(
@@ -65,7 +66,15 @@ def load_model(args: argparse.Namespace) -> ClipModel:
         device=device_of(args),
         precision=args.precision,
         allow_torchscript=args.allow_torchscript,
+        preprocess=PreprocessOverrides(
+            args.image_mean, args.image_std, args.resize_mode, args.interpolation
+        ),
     )
+
+
+def show_preprocessing(model: ClipModel, screen: Screen) -> None:
+    """One line on how images are prepared: a wrong mean is seen nowhere else."""
+    screen.note(f"images of {model.name}: {describe(model.preprocess)}")
 
 
 def deal_batches(

@@ -31,6 +31,8 @@ def _words(flag: str, value: object) -> list[str]:
         return []
     if value is True:
         return [flag]
+    if isinstance(value, list) and all(isinstance(v, float) for v in value):
+        return [f"{flag} {' '.join(map(plain_text, value))}"]
     if isinstance(value, list):  # pairs: GLOB=w8a8, NAME=VALUE
         return [f"{flag} {shlex.quote(f'{key}={plain_text(entry)}')}" for key, entry in value]
     return [f"{flag} {shlex.quote(plain_text(value))}"]

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from qwt_fx.cli import main
-from qwt_fx.commands.arguments import add_quant, quant_config
+from qwt_fx.clip.preprocessing import PreprocessOverrides
+from qwt_fx.commands import inputs
+from qwt_fx.commands.arguments import add_model, add_quant, quant_config
 from qwt_fx.commands.config_file import config_arguments
+from qwt_fx.commands.reproduce import command_line
 
 
 def _parse(*words: str) -> argparse.Namespace:
@@ -47,3 +50,46 @@ def test_bad_remedies_end_with_exit_code_2(word: str, capsys: pytest.CaptureFixt
         raise SystemExit(main(["quantize", "--output", "x", "--remedy", word]))
     assert ended.value.code == 2
     assert "remedy" in capsys.readouterr().err
+
+
+def _model_flags(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    return parser.parse_args(words)
+
+
+def test_preprocessing_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(inputs.clip, "load", lambda *names, **options: asked.update(options))
+    inputs.load_model(
+        _model_flags(
+            "--model", "ViT-H-14", "--image-mean", "0.5", "0.25", "0.75", "--image-std", "1", "1", "1",
+            "--resize-mode", "squash", "--interpolation", "bilinear",
+        )
+    )  # fmt: skip
+    assert asked["preprocess"] == PreprocessOverrides(
+        (0.5, 0.25, 0.75), (1.0, 1.0, 1.0), "squash", "bilinear"
+    )
+    inputs.load_model(_model_flags("--model", "ViT-H-14"))
+    assert asked["preprocess"] == PreprocessOverrides()
+
+
+def test_preprocessing_survives_a_config_file_and_the_command_that_repeats_a_run(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("image-mean = [0.5, 0.25, 0.75]\nresize_mode = 'longest'\n")
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    args = parser.parse_args(config_arguments(parser, file))
+    assert args.image_mean == [0.5, 0.25, 0.75]
+    line = command_line({k: v for k, v in vars(args).items() if k != "device"}, "out")
+    assert line is not None
+    words = line.replace("\\\n", "").split()
+    again = parser.parse_args(words[2:-2])
+    assert (again.image_mean, again.resize_mode) == (args.image_mean, "longest")
+
+
+def test_two_numbers_are_no_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "--image-mean", "0.5", "0.5", "--output", "out"]) == 2
+    assert "--image-mean: expected 3 arguments" in capsys.readouterr().err

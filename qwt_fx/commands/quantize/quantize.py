@@ -28,7 +28,13 @@ from qwt_fx.commands.arguments import (
     towers_of,
 )
 from qwt_fx.commands.classification import metrics_of
-from qwt_fx.commands.inputs import deal_batches, load_model, open_evaluation, open_retrieval
+from qwt_fx.commands.inputs import (
+    deal_batches,
+    load_model,
+    open_evaluation,
+    open_retrieval,
+    show_preprocessing,
+)
 from qwt_fx.commands.quantize.partial_run import ACTIVATIONS, PartialRun
 from qwt_fx.commands.quantize.pipeline import (
     QuantizedClip,
@@ -129,6 +135,7 @@ def _quantize(
     """The report; without a folder, on all ranks but the first, an empty one."""
     begun = time.perf_counter()
     model = load_model(args)
+    show_preprocessing(model, screen)
     store = FeatureStore() if partial_run is None else partial_run.store
     evaluation = open_evaluation(args, model, screen, store)
     retrieval = open_retrieval(args, model, store)
