@@ -20,14 +20,13 @@ from types import FrameType
 import torch
 
 from qwt_fx.batches import ranks
-from qwt_fx.batches.device_memory import first_line
 from qwt_fx.commands import bench, demo, evaluate, export
 from qwt_fx.commands.config_file import config_arguments
 from qwt_fx.commands.inputs import device_of
 from qwt_fx.commands.inspect import inspect
 from qwt_fx.commands.quantize import quantize
 from qwt_fx.commands.sensitivity import sensitivity
-from qwt_fx.errors import CheckFailed, ConfigError, QwtError
+from qwt_fx.errors import CheckFailed, ConfigError, QwtError, first_line
 from qwt_fx.version import __version__
 
 _LONGEST_NAME = 200

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwt_fx.batches.batch import Batch, as_inputs, batch_size
-from qwt_fx.errors import DataError
+from qwt_fx.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -80,8 +80,3 @@ def _halved(size: int, reason: str, device: torch.device) -> int:
     half = (size + 1) // 2
     log.warning("out of memory on %s with %d samples at once: trying %d", device, size, half)
     return half
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the advice that torch puts below."""
-    return (str(error).splitlines() or ["no reason given"])[0]

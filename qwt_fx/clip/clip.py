@@ -16,7 +16,7 @@ from torchvision.transforms import Compose
 
 from qwt_fx.artifact.artifact import Artifact, read_artifact
 from qwt_fx.artifact.json_values import JsonObject
-from qwt_fx.clip.model_source import find_source, first_line
+from qwt_fx.clip.model_source import find_source
 from qwt_fx.clip.open_clip_model import open_clip_model, tokenizer_of
 from qwt_fx.clip.preprocessing import PreprocessOverrides, words
 from qwt_fx.clip.tags import of_file
@@ -24,7 +24,7 @@ from qwt_fx.clip.towers import ClipEncoder, ImageTower, TextTower
 from qwt_fx.clip.weights import read_checkpoint
 from qwt_fx.data.data import Tokenizer
 from qwt_fx.data.decoding import Transform, to_rgb
-from qwt_fx.errors import ArtifactError, ConfigError, ModelError
+from qwt_fx.errors import ArtifactError, ConfigError, ModelError, first_line
 
 TOWERS = ("image", "text")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,7 +81,8 @@ class ClipModel:
         make 16 bits white. EXIF rotation is ignored, as open_clip does.
         """
         steps = image_transform_v2(PreprocessCfg(**self.preprocess), is_train=False)
-        return Compose([to_rgb, *steps.transforms])
+        transform: Transform = Compose([to_rgb, *steps.transforms])
+        return transform
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

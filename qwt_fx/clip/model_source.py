@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.clip.tags import unusual_flags
-from qwt_fx.errors import ModelError
+from qwt_fx.errors import ModelError, first_line
 
 _REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
@@ -77,12 +77,6 @@ def find_source(name: str, pretrained: str | None, allow_random: bool) -> ModelS
     if open_clip.get_model_config(spelled) is None:
         raise ModelError(_unknown(name))
     return _from_registry(spelled, pretrained, allow_random)
-
-
-def first_line(error: BaseException) -> str:
-    """An error of another library, for use inside a message of one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _source(

@@ -9,11 +9,11 @@ import open_clip
 from torch import nn
 
 from qwt_fx.artifact.json_values import JsonObject
-from qwt_fx.clip.model_source import ModelSource, first_line
+from qwt_fx.clip.model_source import ModelSource
 from qwt_fx.clip.tags import quick_gelu_of_file
 from qwt_fx.clip.weights import Checkpoint, load_weights
 from qwt_fx.data.data import Tokenizer
-from qwt_fx.errors import MissingExtraError, ModelError
+from qwt_fx.errors import MissingExtraError, ModelError, first_line
 
 _log = logging.getLogger(__name__)
 

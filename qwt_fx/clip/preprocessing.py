@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from qwt_fx.errors import ConfigError
 
@@ -67,14 +68,12 @@ def words(field: str, value: Value) -> str:
     return f"{flag(field)} {shown}"
 
 
-def describe(preprocess: Mapping[str, Value]) -> str:
-    """One line: size, resize mode, interpolation, mean and std."""
+def describe(preprocess: Mapping[str, Any]) -> str:
+    """One line: size, resize mode, interpolation, mean and std of open_clip's `PreprocessCfg`."""
     size = preprocess["size"]
-    height, width = (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[call-overload]
-    parts = [f"{height}x{width} pixels", f"resize {preprocess['resize_mode']}"]
-    parts.append(str(preprocess["interpolation"]))
-    for name in ("mean", "std"):
-        values = preprocess[name]
-        assert isinstance(values, tuple | list)  # PreprocessCfg's
-        parts.append(f"{name} {' '.join(f'{v:g}' for v in values)}")
-    return ", ".join(parts)
+    height, width = (size, size) if isinstance(size, int) else size
+    statistics = [
+        f"{name} {' '.join(f'{v:g}' for v in preprocess[name])}" for name in ("mean", "std")
+    ]
+    shape = f"{height}x{width} pixels, resize {preprocess['resize_mode']}"
+    return ", ".join((shape, str(preprocess["interpolation"]), *statistics))

@@ -22,8 +22,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
 from qwt_fx.clip import torchscript
-from qwt_fx.clip.model_source import first_line
-from qwt_fx.errors import ModelError
+from qwt_fx.errors import ModelError, first_line
 
 # OpenAI's archives keep these numbers among their tensors.
 _ARCHIVE_ONLY = frozenset({"input_resolution", "context_length", "vocab_size"})

@@ -91,6 +91,6 @@ def test_preprocessing_survives_a_config_file_and_the_command_that_repeats_a_run
 
 
 def test_two_numbers_are_no_mean(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["quantize", "--image-mean", "0.5", "0.5", "--output", "out"])
     assert "--image-mean: expected 3 arguments" in capsys.readouterr().err
