@@ -64,8 +64,12 @@ class ConvertToIntegers(Pass):
 
 
 def _dtype(source: Node, weight: Tensor | None) -> torch.dtype:
+    """What is quantized and comes back; of a node a pass put in, what is recorded of its first input."""
     value = weight if weight is not None else source.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else torch.float32
+    if isinstance(value, Tensor):
+        return value.dtype
+    inputs = source.all_input_nodes
+    return _dtype(inputs[0], None) if inputs else torch.float32
 
 
 def _integer_weight(gm: GraphModule, source: Node, weight: Tensor, module: FakeQuant) -> Node:

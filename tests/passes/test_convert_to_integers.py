@@ -41,6 +41,22 @@ def test_conversion_changes_no_bit_and_three_steps_equal_one(config: QuantConfig
     assert not torch.equal(converted(x), graph(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["none", "uniform", "log2", "auto"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_half_precision_stays_half_precision(
+    dtype: torch.dtype, attention: str, causal: bool
+) -> None:
+    """Nodes that decomposing attention puts in have no recorded dtype of their own."""
+    x = tokens(4, seed=0).to(dtype)
+    model = randomize(Tower(1, causal=causal)).to(dtype)
+    config = QuantConfig(8, 8, recipe="repq-vit", attention=attention)
+    calibrated = qwt_fx.calibrate(qwt_fx.prepare(qwt_fx.capture(model, (x,)), config), [x])
+    converted = qwt_fx.convert(calibrated)
+    assert converted(x).dtype is dtype
+    assert torch.equal(converted(x), calibrated(x))
+
+
 def test_weights_are_integers_and_zero_points_fit() -> None:
     _, _, calibrated = _calibrated(QuantConfig(4, 4))
     q = qwt_fx.convert(calibrated)
