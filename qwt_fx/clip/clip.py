@@ -168,14 +168,13 @@ def load(
         told = of_file(source.untold, openai=checkpoint.openai, overrides=overrides)
     model = open_clip_model(source, checkpoint)
     size = getattr(model.visual, "image_size", None) or source.preprocess["size"]
-    scale = math.exp(model.get_parameter("logit_scale").item())
     model = model.to(device=device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
     return ClipModel(
         name=source.name,
         pretrained=pretrained,
         image=ImageTower(model),
         text=TextTower(model),
-        logit_scale=scale,
+        logit_scale=math.exp(model.get_parameter("logit_scale").item()),
         model_config=source.config,
         # The towers' own size rules: a configuration of the preprocessing may leave it out.
         preprocess=source.preprocess | told | overrides.given() | {"size": size},
