@@ -216,11 +216,12 @@ def export(
         pack: how ONNX weights are stored. "auto": int8, or uint8 where int8 products could overflow
             on CPUs without VNNI; "int8": int8 with zero point 0, for OpenVINO; "int4": weights of
             at most 4 bits in 4 bits, which ONNX Runtime's CPU multiplies in floating point.
-        input_names, output_names: names in the ONNX model; the graph's own by default.
+        input_names, output_names: names in the ONNX model, one each; by default the graph's own, and the
+            fields' names where it returns a model output or a dict.
 
-    Raises `ConfigError` for an unknown format or pack, `MissingExtraError` without the extra,
-    `PreconditionError` for a graph that is not converted or cannot be exported, `OutputError` when
-    writing fails.
+    Raises `ConfigError` for an unknown format or pack or another number of names, `MissingExtraError`
+    without the extra, `PreconditionError` for a graph that is not converted or cannot be exported,
+    `OutputError` when writing fails.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     export_graph(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx.backends.exported_program import check_exportable, export_program
+from qwt_fx.backends.onnx import names
 from qwt_fx.backends.onnx.layout import Layout, WeightStorage, lay_out
 from qwt_fx.backends.onnx.onnx_runtime import LAYERS_KEY, import_extra
 from qwt_fx.errors import PreconditionError, first_line
@@ -46,17 +47,21 @@ def export_onnx(
         path: the file to write, not atomically: give a path in a folder of your own. Weights of
             more than 1.9 GB go to `<path>.data`.
         example_inputs: one tensor an input, any batch size.
-        input_names, output_names: names in the model; by default the graph's own.
+        input_names, output_names: names in the model, one each; by default the graph's own, and the
+            fields' names where it returns a model output or a dict.
         storage: how weights are stored.
 
-    Raises `MissingExtraError` without the extra `onnx`, `PreconditionError` for a graph that is not
-    converted, cannot be stored, or that the exporter cannot translate.
+    Raises `ConfigError` for another number of names, `MissingExtraError` without the extra `onnx`,
+    `PreconditionError` for a graph that is not converted, cannot be stored, or that the exporter
+    cannot translate.
     """
     for package in ("onnx_ir", "onnxscript"):
         import_extra(package, "onnx", "ONNX export")
     from qwt_fx.backends.onnx.model import drop_traces, name_products, store_weights
 
     check_exportable(quantized, example_inputs)
+    input_names = names.input_names(quantized, input_names)
+    output_names = names.output_names(quantized, output_names)
     storage = storage or WeightStorage()
     layout = lay_out(quantized, example_inputs, storage)
     program = _translate(layout, storage, example_inputs, input_names, output_names)
