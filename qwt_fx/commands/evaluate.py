@@ -31,6 +31,7 @@ from qwt_fx.commands.results import (
     kept_report,
     require_data,
     require_target,
+    say_if_nothing_to_resume,
     with_report,
 )
 from qwt_fx.commands.retrieval import Retrieval, with_retrieval
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
         if target is None or not ranks.current().first:
             return _evaluate(args, screen, FeatureStore(), identity)
         folder = target.parent / (target.name + PARTIAL_SUFFIX)
+        say_if_nothing_to_resume(args.resume, folder, screen)
         with FeatureStore.open(folder, identity["settings"], resume=args.resume) as store:
             report = _evaluate(args, screen, store, identity)
             write_text_atomic(target, to_json(report))
@@ -97,7 +99,7 @@ def run_floating(args: argparse.Namespace) -> None:
         if target is None or not ranks.current().first:
             return _evaluate(args, screen, FeatureStore(), identity)
         return in_output_directory(
-            args, identity, lambda run, _: _evaluate(args, screen, run.store, identity)
+            args, identity, screen, lambda run, _: _evaluate(args, screen, run.store, identity)
         )
 
     with_report(args, partial(kept_report, args, target), make)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+from qwt_fx.artifact.artifact_index import INDEX
 from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.artifact.output import REPORT, OutputDirectory, write_text_atomic
 from qwt_fx.batches import ranks
@@ -62,15 +64,45 @@ def with_report(
 
 
 def in_output_directory(
-    args: argparse.Namespace, identity: JsonObject, make: Callable[[PartialRun, Path], JsonObject]
+    args: argparse.Namespace,
+    identity: JsonObject,
+    screen: Screen,
+    make: Callable[[PartialRun, Path], JsonObject],
 ) -> JsonObject:
     """The report of `make`, called with the working folder of `--output`, which then holds it, too."""
-    with OutputDirectory(Path(args.output), force=args.force, resume=args.resume) as output:
+    directory = OutputDirectory(Path(args.output), force=args.force, resume=args.resume)
+    say_if_nothing_to_resume(args.resume, directory.path, screen)
+    with directory as output:
+        say_what_is_replaced(output.target, identity, screen)
         partial = PartialRun(output.path, identity, resume=args.resume)
         with partial:
             report = make(partial, output.path)
             write_text_atomic(output.path / REPORT, to_json(report))
     return report
+
+
+def say_if_nothing_to_resume(resume: bool, folder: Path, screen: Screen) -> None:
+    """With `--resume`: a note where an earlier run left nothing in its working folder."""
+    if resume and not any(not p.name.startswith(".") for p in folder.glob("*")):
+        screen.note(f"--resume: {folder} holds nothing to go on with: starting anew")
+
+
+def say_what_is_replaced(target: Path, identity: JsonObject, screen: Screen) -> None:
+    """A note on the artifact that makes way when this run is complete, and what it was made with."""
+    if not (target / INDEX).is_file():
+        return
+    try:
+        report = json.loads((target / REPORT).read_text(encoding="utf-8"))
+        there, here = report["run"]["settings"], identity["settings"]
+        differing = [key for key in there if there[key] != here.get(key)]
+    except (OSError, ValueError, KeyError, TypeError):
+        screen.note(f"--output {target}: replaces the artifact there when this run is complete")
+        return
+    made = ", ".join(f"{key} {there[key]}" for key in differing if key != "data")
+    what = f"made with {made}" if made else "of other data" if differing else "of the same settings"
+    screen.note(
+        f"--output {target}: replaces the artifact there, {what}, when this run is complete"
+    )
 
 
 def kept_report(

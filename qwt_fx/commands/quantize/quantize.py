@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         if not ranks.current().first:
             return _quantize(args, config, towers, screen, identity)
         return in_output_directory(
-            args, identity, partial(_quantize, args, config, towers, screen, identity)
+            args, identity, screen, partial(_quantize, args, config, towers, screen, identity)
         )
 
     report = with_report(args, partial(_kept, args, config), make)

@@ -22,6 +22,7 @@ from qwt_fx.commands.arguments import (
 from qwt_fx.commands.inputs import load_batches, load_model
 from qwt_fx.commands.quantize.pipeline import capture_towers
 from qwt_fx.commands.quantize.run_identity import run_identity
+from qwt_fx.commands.results import say_if_nothing_to_resume
 from qwt_fx.commands.screen import Screen
 from qwt_fx.commands.sensitivity.bit_search import BitSearch, SearchState, Trial, candidates
 from qwt_fx.commands.sensitivity.bit_search_output import (
@@ -169,6 +170,8 @@ def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitS
     if sum(len(w) > 1 for w in searched.values()) == 0:
         raise ConfigError(f"--candidates {args.candidates}: there is nothing to choose from")
     path = None if args.output is None else Path(f"{args.output}.partial")
+    if path is not None:
+        say_if_nothing_to_resume(args.resume, path, screen)
     settings = run_identity(args)["settings"]
     # The budget decides what is done with the losses, not the losses.
     settings = {k: v for k, v in settings.items() if k not in ("max_size", "max_drop", "report")}
