@@ -1,4 +1,7 @@
-"""Backends: each lowers a converted graph to something that runs it."""
+"""Backends: each lowers a converted graph to something that runs it.
+
+Read `base.py` first, then `lowering.py`, which they share. Nothing here calibrates.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Graph passes, each usable alone on a captured graph; `PassManager` runs an ordered tuple of them."""
+"""Graph passes, each usable alone on a captured graph; `PassManager` runs an ordered tuple of them.
+
+Read `decompose_attention.py` first, the shortest, then `insert_observers.py`. No pass imports another, a
+backend or `api`.
+"""
 
 from __future__ import annotations
 

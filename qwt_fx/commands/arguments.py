@@ -7,6 +7,7 @@ import argparse
 from qwt_fx.batches.value_store import parse_size
 from qwt_fx.clip.preprocessing import INTERPOLATIONS, RESIZE_MODES
 from qwt_fx.config import config as quant
+from qwt_fx.data.data import DATASET_TYPES
 from qwt_fx.errors import ConfigError
 
 CHOICES = {"fp32_eval": "none", "image_only": "image", "all_quant": "both"}
@@ -134,9 +135,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     """The CALIBRATION flags."""
     group = parser.add_argument_group("calibration")
     group.add_argument("--train-data", metavar="SPEC", help="shards, brace ranges, :: joined")
-    group.add_argument(
-        "--dataset-type", choices=("webdataset", "imagefolder", "csv"), default="webdataset"
-    )
+    group.add_argument("--dataset-type", choices=DATASET_TYPES, default=DATASET_TYPES[0])
     group.add_argument(
         "--calib-samples", type=positive, metavar="N", help=f"default {DEFAULT_SAMPLES}"
     )

@@ -17,7 +17,8 @@ def add_tensor(gm: GraphModule, base: str, value: Tensor, *, parameter: bool = F
     """Register a tensor under a fresh name and return its `get_attr` node.
 
     The name is fresh because the old tensor may be tied elsewhere. The caller sets the insertion
-    point. A dotted `base`, or `layer@1` of a module called twice, becomes one flat name.
+    point. A dotted `base`, or `layer@1` of a module called twice, becomes one flat name. `parameter`:
+    for what replaces a weight, a bias or a norm's gain; constants are buffers.
     """
     stem = re.sub(r"\W", "_", base, flags=re.ASCII)
     name, count = stem, 0

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import nn
 from torch.fx import GraphModule
 
-from qwt_fx.errors import PassError, PreconditionError
+from qwt_fx.errors import PassError, PostconditionError, PreconditionError
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.graph_source import recompile
 
@@ -84,6 +84,7 @@ class Pass(ABC):
         skips = tuple(o for o in outcomes if isinstance(o, Skip))
         if changes:
             clean_up(gm)
+            _require_named_nodes(gm, self.name)
         self.ensures(gm)
         graph_info(gm).passes.append(
             {
@@ -111,6 +112,19 @@ class PassManager:
                 done = ", ".join(s.name for s in self.steps[: len(results)]) or "none"
                 raise type(error)(f"{step.name}: {error} (passes already run: {done})") from error
         return tuple(results)
+
+
+def _require_named_nodes(gm: GraphModule, name: str) -> None:
+    """Raise `PostconditionError` where the records name a node that a pass has taken away."""
+    info, nodes = graph_info(gm), {node.name for node in gm.graph.nodes}
+    named = [(f"block {b.name}", node) for b in info.blocks for node in (b.input, b.output)]
+    named += [] if info.end_of_text is None else [("end_of_text", info.end_of_text)]
+    for what, node in named:
+        if node not in nodes:
+            raise PostconditionError(
+                f"{name}: GraphInfo names the node {node!r} ({what}), which the pass has taken out of "
+                "the graph; rewrite that node in place, or tell Correspondence.replaced what stands for it"
+            )
 
 
 def clean_up(gm: GraphModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from toys import op_sequence
+from toys import Block, op_sequence, tokens
 
 import qwt_fx
 from qwt_fx.errors import (
@@ -208,3 +209,48 @@ def test_an_error_that_is_no_passs_own_goes_through_as_it_is(gm: GraphModule) ->
         with pytest.raises(type(error)) as caught:
             PassManager((NegateRelu(), Recorder("apply", error)))(gm)
         assert caught.value is error
+
+
+@dataclass(frozen=True)
+class DropHalving(Pass):
+    """x * 0.5 -> x, the obvious way: the product's name goes with it."""
+
+    in_place: bool = False
+
+    def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
+        for node in list(gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)):
+            if self.in_place:
+                node.target, node.args = aten.relu.default, (node.args[0],)
+            else:
+                node.replace_all_uses_with(node.args[0])
+            yield Change(node.name, "dropped")
+
+
+class HalvedBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(HalvedBlock() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class HalvedBlock(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+def test_a_pass_that_takes_away_a_node_that_the_records_name_is_refused() -> None:
+    gm = qwt_fx.capture(HalvedBlocks().eval(), (tokens(2),))
+    ends = [b.output for b in graph_info(gm).blocks]
+    assert len(ends) == 2 and all(end.startswith("mul") for end in ends)
+    DropHalving(in_place=True)(copy.deepcopy(gm))
+    with pytest.raises(PostconditionError) as error:
+        DropHalving()(gm)
+    assert str(error.value) == (
+        f"DropHalving: GraphInfo names the node {ends[0]!r} (block blocks.0), which the pass has taken "
+        "out of the graph; rewrite that node in place, or tell Correspondence.replaced what stands for it"
+    )
+    assert [record["pass"] for record in graph_info(gm).passes] == []

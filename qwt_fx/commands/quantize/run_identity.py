@@ -77,9 +77,8 @@ def _data(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _calibration_files(spec: str, kind: str) -> Iterable[str]:
-    if kind == "webdataset":
-        return expand(spec)
-    return _below(spec) if kind == "imagefolder" else [spec]
+    files = {"webdataset": expand, "imagefolder": _below, "csv": lambda path: [path]}
+    return files[kind](spec)
 
 
 def _below(folder: str) -> Iterable[str]:
