@@ -122,8 +122,9 @@ def _require_named_nodes(gm: GraphModule, name: str) -> None:
     for what, node in named:
         if node not in nodes:
             raise PostconditionError(
-                f"{name}: GraphInfo names the node {node!r} ({what}), which the pass has taken out of "
-                "the graph; rewrite that node in place, or tell Correspondence.replaced what stands for it"
+                f"{name}: GraphInfo names the node {node!r} ({what}), which the pass has taken "
+                "out of the graph; rewrite that node in place, or tell Correspondence.replaced what "
+                "stands for it"
             )
 
 

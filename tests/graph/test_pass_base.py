@@ -250,7 +250,8 @@ def test_a_pass_that_takes_away_a_node_that_the_records_name_is_refused() -> Non
     with pytest.raises(PostconditionError) as error:
         DropHalving()(gm)
     assert str(error.value) == (
-        f"DropHalving: GraphInfo names the node {ends[0]!r} (block blocks.0), which the pass has taken "
-        "out of the graph; rewrite that node in place, or tell Correspondence.replaced what stands for it"
+        f"DropHalving: GraphInfo names the node {ends[0]!r} (block blocks.0), which the pass has "
+        "taken out of the graph; rewrite that node in place, or tell Correspondence.replaced what "
+        "stands for it"
     )
     assert [record["pass"] for record in graph_info(gm).passes] == []
