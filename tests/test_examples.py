@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,18 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("hf_clip.py", "BaseModelOutputWithPooling 25 layers quantized", "hf_clip_w6a6"),
     ],
 )
-def test_example_runs_as_it_is(name: str, printed: str, artifact: str, tmp_path: Path) -> None:
-    words = [sys.executable, str(EXAMPLES / name)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == printed
+def test_example_runs_as_it_is(
+    name: str,
+    printed: str,
+    artifact: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[0] == printed
     assert (tmp_path / artifact / "artifact.json").is_file()
 
 
