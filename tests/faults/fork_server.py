@@ -23,6 +23,7 @@ from torch.distributed import TCPStore
 import qwt_fx.artifact.artifact
 import qwt_fx.commands.inputs
 import qwt_fx.commands.quantize.quantize
+import qwt_fx.commands.results
 from qwt_fx import api, cli
 from qwt_fx.calibrate.block_compensation import BlockCompensation
 from qwt_fx.checkpoint.journal import StoredJournal
@@ -47,7 +48,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "evaluate": (Evaluation, "quantized"),
     "save": (qwt_fx.artifact.artifact, "save_file"),
     "index": (qwt_fx.artifact.artifact, "index_document"),
-    "report": (qwt_fx.commands.quantize.quantize, "write_text_atomic"),
+    "report": (qwt_fx.commands.results, "write_text_atomic"),
     "commit": (os, "rename"),
 }
 

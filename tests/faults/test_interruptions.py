@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import PHASES
 
 from qwt_fx.artifact.artifact import read_artifact
 
@@ -167,3 +168,10 @@ def test_the_limit_really_fills_the_disk(tmp_path: Path) -> None:
             os._exit(7)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_phase_begins_with_a_function_that_exists(phase: str) -> None:
+    """Moved functions are noticed at once, not by the slow tests alone."""
+    owner, name = PHASES[phase]
+    assert callable(getattr(owner, name))
