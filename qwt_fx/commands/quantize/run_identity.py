@@ -77,8 +77,9 @@ def _data(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _calibration_files(spec: str, kind: str) -> Iterable[str]:
-    files = {"webdataset": expand, "imagefolder": _below, "csv": lambda path: [path]}
-    return files[kind](spec)
+    if kind == "csv":
+        return [spec]
+    return {"webdataset": expand, "imagefolder": _below}[kind](spec)
 
 
 def _below(folder: str) -> Iterable[str]:
