@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.errors import NotCalibratedError, PostconditionError
 from qwt_fx.graph.edits import add_tensor, described
-from qwt_fx.graph.nodes import tensor_of
+from qwt_fx.graph.nodes import dtype_of, tensor_of
 from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.numerics.qparams import LOG_SQRT2, along_axis
 from qwt_fx.quant import operators as ops
@@ -65,9 +65,9 @@ class ConvertToIntegers(Pass):
 
 def _dtype(source: Node, weight: Tensor | None) -> torch.dtype:
     """What is quantized and comes back; of a node a pass put in, what is recorded of its first input."""
-    value = weight if weight is not None else source.meta.get("val")
-    if isinstance(value, Tensor):
-        return value.dtype
+    known = dtype_of(source) if weight is None else weight.dtype
+    if known is not None:
+        return known
     inputs = source.all_input_nodes
     return _dtype(inputs[0], None) if inputs else torch.float32
 
