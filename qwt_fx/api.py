@@ -6,6 +6,8 @@ No maths here: this module orders the passes.
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from qwt_fx.artifact.artifact import load_graph, save_graph
+from qwt_fx.artifact.graph_json import why_not_storable
 from qwt_fx.backends import audit_of, lower_to
 from qwt_fx.backends.exports import export_graph
 from qwt_fx.batches.batch import Batches
 from qwt_fx.calibrate.observe_ranges import check_parameters, config_of, observe
-from qwt_fx.capture.capture import adopt, capture
+from qwt_fx.capture.capture import adopt
+from qwt_fx.capture.capture import capture as capture_graph
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import NotCalibratedError
+from qwt_fx.graph.conditions import plain_conditions
 from qwt_fx.graph.graph_info import graph_info, has_graph_info
 from qwt_fx.graph.graph_source import copy_sharing_tensors
 from qwt_fx.graph.pass_base import Pass, PassManager
@@ -44,6 +49,42 @@ __all__ = [
 ]  # fmt: skip
 
 
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: tuple[object, ...] | Tensor,
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    strict: bool = False,
+) -> GraphModule:
+    """Capture a model as a graph of ATen ops whose batch dimension is dynamic.
+
+    Args:
+        model: any module `torch.export` can trace; it is captured in evaluation mode, out of
+            `DataParallel`, `torch.compile` and the like. Or what `torch.export.export` returned, or its
+            `module()`, with a dynamic batch dimension.
+        example_inputs: a tuple of tensors (or one tensor) whose first dimension is the batch; any
+            batch size, 1 included. Every other size is fixed by it.
+        kwargs: keyword inputs of `forward`.
+        strict: capture with TorchDynamo instead of tracing.
+
+    Returns a `GraphModule` called like the model and returning its output structure, with the
+    transformer blocks recorded. A graph captured before is returned as it is. A model of one tensor of
+    token ids (n, context) accepts shorter ids as well where nothing behind the end of a text matters.
+    Called with inputs of another shape or type, it raises `DataError`.
+
+    Warns where the graph could not be saved, once quantized. Raises `CaptureError` where the model
+    cannot be exported with a dynamic batch; the message names the node or the reason of torch.export.
+    """
+    return _storable(capture_graph(model, example_inputs, kwargs, strict=strict))
+
+
+def _storable(gm: GraphModule) -> GraphModule:
+    if (reason := why_not_storable(gm)) is not None:
+        warnings.warn(reason, stacklevel=3)
+    return gm
+
+
+@plain_conditions()
 def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
     """A copy of a captured graph with observers inserted and switched off: it computes FP32.
 
@@ -53,7 +94,7 @@ def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
 
     Raises `ConfigError` for an override that matches no layer.
     """
-    prepared = copy_sharing_tensors(gm) if has_graph_info(gm) else adopt(gm)
+    prepared = copy_sharing_tensors(gm) if has_graph_info(gm) else _storable(adopt(gm))
     settings = settings_of(config)
     steps: list[Pass] = []
     if settings.decompose_attention:
@@ -64,6 +105,7 @@ def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
     return prepared
 
 
+@plain_conditions()
 def reparameterize(
     gm: GraphModule, batches: Batches, config: QuantConfig | None = None
 ) -> GraphModule:
@@ -84,6 +126,7 @@ def reparameterize(
     return copy.deepcopy(prepared)  # which shares tensors with the graph
 
 
+@plain_conditions()
 def convert(prepared: GraphModule) -> GraphModule:
     """A copy of a calibrated graph with integer weights and q/dq operators; needs no data.
 
@@ -94,6 +137,7 @@ def convert(prepared: GraphModule) -> GraphModule:
     return copy.deepcopy(converted)  # what is left of the float tensors is shared until here
 
 
+@plain_conditions()
 def quantize(
     model: nn.Module | ExportedProgram,
     example_inputs: tuple[Any, ...] | Tensor,
@@ -126,6 +170,7 @@ def quantize(
     return convert(prepared)
 
 
+@plain_conditions()
 def lower(quantized: GraphModule, backend: str = "eager", **options: Any) -> GraphModule:
     """Lower a converted graph to a backend: "eager", "x86" or "cuda".
 
@@ -179,6 +224,7 @@ def report(quantized: GraphModule) -> dict[str, Any]:
     return build_report({"model": quantized}, config, size=size)
 
 
+@plain_conditions()
 def save(quantized: GraphModule, path: str | PathLike[str], *, force: bool = False) -> None:
     """Save one converted graph as an artifact directory, atomically.
 
@@ -188,6 +234,7 @@ def save(quantized: GraphModule, path: str | PathLike[str], *, force: bool = Fal
     save_graph(quantized, Path(path), force=force)
 
 
+@plain_conditions()
 def load(path: str | PathLike[str]) -> GraphModule:
     """Load a graph saved by `save`; its results are bit-identical.
 
@@ -196,6 +243,7 @@ def load(path: str | PathLike[str]) -> GraphModule:
     return load_graph(Path(path))
 
 
+@plain_conditions()
 def export(
     quantized: GraphModule,
     path: str | PathLike[str],

@@ -20,6 +20,7 @@ from qwt_fx.checkpoint.calibration_identity import calibration_journal
 from qwt_fx.checkpoint.journal import Journal
 from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.config.settings import settings_of
+from qwt_fx.graph.conditions import plain_conditions
 from qwt_fx.graph.graph_info import graph_info, set_graph_info
 from qwt_fx.graph.pass_base import PassManager
 from qwt_fx.measure.measure import measure_layers
@@ -50,6 +51,7 @@ def timed(seconds: Seconds | None, phase: str, inside: str | None = None) -> Ite
             seconds[inside] = seconds.get(inside, 0.0) - taken
 
 
+@plain_conditions()
 def calibrate(
     prepared: GraphModule,
     batches: Batches,

@@ -19,6 +19,7 @@ from qwt_fx.backends.cuda.int8_lowering import Int8Lowering, fuse_quantizers, gr
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.lowering import audit_graph, integer_layers
 from qwt_fx.errors import ConfigError
+from qwt_fx.graph.dead_code import remove_dead_nodes
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.measure.kernel_audit import LayerKernel
 
@@ -57,7 +58,7 @@ class Cuda:
         lowering = Int8Lowering(gm, self.gemm)
         for group in groups_of(gm, integer_layers(gm, why_not)):
             lowering.lower(group)
-        gm.graph.eliminate_dead_code()
+        remove_dead_nodes(gm)
         fuse_quantizers(gm)
         dtype = self._precision(quantized)
         if dtype is not None:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.activations import QUICK_GELU_FACTOR, fused_activation
 from qwt_fx.backends.x86.saturation import NO_POST_OP, QLINEAR
+from qwt_fx.graph.dead_code import remove_dead_nodes
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.nodes import is_call, tensor_of
 from qwt_fx.quant import torch_ao
@@ -66,7 +67,7 @@ def _fuse(gm: GraphModule, product: Node) -> None:
         if isinstance(quantizer.meta.get("val"), Tensor):
             new.meta["val"] = quantizer.meta["val"]
     quantizer.replace_all_uses_with(codes)
-    gm.graph.eliminate_dead_code()
+    remove_dead_nodes(gm)
 
 
 def _activation(product: Node) -> tuple[str, Node]:

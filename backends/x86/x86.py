@@ -15,6 +15,7 @@ from qwt_fx.backends.x86.fusion import FUSED, fuse_quantizers
 from qwt_fx.backends.x86.layer import PARTS, QLINEAR_ADD, LayerLowering, why_not
 from qwt_fx.backends.x86.saturation import QLINEAR
 from qwt_fx.errors import PreconditionError
+from qwt_fx.graph.dead_code import remove_dead_nodes
 from qwt_fx.graph.nodes import is_call
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.measure.kernel_audit import LayerKernel
@@ -44,7 +45,7 @@ class X86:
         lowering = LayerLowering(gm)
         for layer in integer_layers(gm, why_not):
             lowering.lower(layer)
-        gm.graph.eliminate_dead_code()
+        remove_dead_nodes(gm)
         fuse_quantizers(gm)
         clean_up(gm)
         return gm

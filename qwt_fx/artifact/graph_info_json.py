@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from qwt_fx.artifact.json_values import Json, plain, restored, shown
 from qwt_fx.errors import ArtifactError
 from qwt_fx.graph.graph_info import Block, GraphInfo, graph_info
+from qwt_fx.graph.input_check import Input
 
 _TEXT = re.compile(r"[\x20-\x7e]{1,1000}")
 
@@ -52,6 +53,8 @@ def info_from_json(value: Json) -> GraphInfo:
     _check_length(entry)
     if "blocks" in entry:
         entry["blocks"] = [_block(block) for block in entry["blocks"]]
+    if "inputs" in entry:
+        entry["inputs"] = [_input(value) for value in entry["inputs"]]
     return GraphInfo(**entry)
 
 
@@ -71,3 +74,26 @@ def _block(value: object) -> Block:
     if not all(isinstance(v, str) and _TEXT.fullmatch(v) for v in value.values()):
         raise ArtifactError(f"info: blocks: {shown(value)}: wanted short texts")
     return Block(**value)
+
+
+def _input(value: object) -> Input:
+    wanted = {f.name for f in dataclasses.fields(Input)}
+    if not isinstance(value, dict) or set(value) != wanted:
+        raise ArtifactError(f"info: inputs: got {shown(value)}, wanted {', '.join(sorted(wanted))}")
+    texts = [value["name"], value["dtype"] or "none"]
+    sizes = value["sizes"] if isinstance(value["sizes"], list) else [None]
+    plain = value["value"] is None or isinstance(value["value"], bool | int | float | str)
+    if not plain or not all(isinstance(t, str) and _TEXT.fullmatch(t) for t in texts):
+        raise ArtifactError(f"info: inputs: {shown(value)}: wanted short texts")
+    return Input(**value | {"sizes": tuple(_size(size) for size in sizes)})
+
+
+def _size(value: object) -> object:
+    if type(value) is int:
+        return value
+    if isinstance(value, list) and len(value) == 3:
+        symbol, least, most = value
+        limits = type(least) is int and (most is None or type(most) is int)
+        if limits and isinstance(symbol, str) and _TEXT.fullmatch(symbol):
+            return symbol, least, most
+    raise ArtifactError(f"info: inputs: got the size {shown(value)}, wanted a number or a range")

@@ -54,6 +54,18 @@ def describe(gm: GraphModule) -> tuple[dict[str, Json], Document]:
     return document, parse_document(document)
 
 
+def why_not_storable(gm: GraphModule) -> str | None:
+    """Why a graph could not be stored, and what can be done; `None` when it can."""
+    try:
+        describe(gm)
+    except ArtifactError as error:
+        return (
+            f"the graph can be quantized, run, lowered and exported, but not saved: {error}; to save "
+            "it, write that part of the model with operators of the list"
+        )
+    return None
+
+
 def _node_to_json(node: Node) -> Json:
     entry: dict[str, Json] = {"name": node.name, "op": node.op}
     if node.op not in NODE_OPS:

@@ -21,6 +21,7 @@ from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import DataError, NotCalibratedError
+from qwt_fx.graph.conditions import plain_conditions
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import tensor_of
 from qwt_fx.graph.runner import run_all
@@ -67,6 +68,7 @@ def masked_rows(gm: GraphModule, batch: Batch, nodes: Sequence[Node]) -> Iterato
             fake_quant_of(gm, node).rows = None
 
 
+@plain_conditions()
 def observe(gm: GraphModule, batches: Batches, journal: Journal = NO_JOURNAL) -> GraphModule:
     """Find the scale and zero point of every quantizer that has none; leaves them switched on.
 

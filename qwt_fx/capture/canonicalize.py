@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qwt_fx.capture.contexts import inline_contexts
 from qwt_fx.capture.rms_norm import fuse_rms_norms
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph.constants import constant_value
+from qwt_fx.graph.dead_code import remove_dead_nodes
 from qwt_fx.graph.edits import add_tensor, described
-from qwt_fx.graph.graph_source import recompile
 from qwt_fx.graph.nodes import ancestors, argument, dtype_of, get_attr, is_constant
+from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.graph.runner import Env
 
 aten = torch.ops.aten
@@ -34,6 +36,13 @@ _IDENTITIES = frozenset({aten.alias.default, aten.lift_fresh_copy.default, aten.
 _DROPOUTS = frozenset(
     {aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default}
 )
+_SYNONYMS = {  # Python's operators on tensors
+    getattr(aten, f"__{name}__").Tensor: getattr(aten, f"bitwise_{name}").Tensor
+    for name in ("and", "or", "xor")
+} | {
+    getattr(aten, f"__{name}__").Scalar: getattr(aten, f"bitwise_{name}").Scalar
+    for name in ("and", "or", "xor")
+}
 _CASTS = frozenset(
     {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.to.other}
 )
@@ -57,23 +66,23 @@ _OWN_CALLS = frozenset({torch.sym_not, torch.sym_min, torch.sym_max})
 def canonicalize(gm: GraphModule) -> None:
     """Rewrite an exported graph in place into the canonical form every pass relies on.
 
-    Export's assertions and guards, dropout in evaluation mode, aliases, pads by nothing and casts to
-    the type a value already has are removed. A view becomes a reshape, because kernels of another
+    Contexts without effect are put in line (`capture.contexts`). Export's assertions and guards, dropout
+    in evaluation mode, aliases, pads by nothing, casts to the type a value already has and whatever
+    nothing reads are removed. A view becomes a reshape, because kernels of another
     device may lay their results out differently; an RMSNorm in separate operators becomes one.
     Values that depend on no input become buffers; factories take their device from an input.
     Raises `CaptureError` naming the node for any other call.
     """
+    inline_contexts(gm)
     _remove_checks(gm)
     _remove_identities(gm)
     fuse_rms_norms(gm)
     _fold_constants(gm)
     _follow_devices(gm)
+    remove_dead_nodes(gm)
     for node in gm.graph.nodes:
         _require_canonical(node)
-    gm.graph.eliminate_dead_code()
-    gm.delete_all_unused_submodules()
-    gm.graph.lint()
-    recompile(gm)
+    clean_up(gm)
 
 
 def _erase(gm: GraphModule, node: Node, replacement: Node | None = None) -> None:
@@ -89,7 +98,7 @@ def _remove_checks(gm: GraphModule) -> None:
             guard or (node.op == "call_function" and node.target in _ASSERTIONS)
         ) and not node.users:
             gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
+    remove_dead_nodes(gm)
 
 
 def _remove_identities(gm: GraphModule) -> None:
@@ -97,6 +106,7 @@ def _remove_identities(gm: GraphModule) -> None:
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
             continue
         source = node.args[0]
+        node.target = _SYNONYMS.get(node.target, node.target)
         if node.target in _IDENTITIES:
             _erase(gm, node, source)
         elif node.target in _DROPOUTS:
@@ -137,7 +147,7 @@ def _fold_constants(gm: GraphModule) -> None:
             buffer = add_tensor(gm, f"constant_{node.name}", value.detach().contiguous().clone())
         buffer.meta = described(node)
         _erase(gm, node, buffer)
-    gm.graph.eliminate_dead_code()
+    remove_dead_nodes(gm)
 
 
 def _reads_parameters(gm: GraphModule, node: Node) -> bool:
@@ -215,6 +225,11 @@ def _require_canonical(node: Node) -> None:
         or node.target in _OWN_CALLS
         or getattr(node.target, "__module__", "") == "math"
     )
+    if getattr(node.target, "__name__", "").startswith("flex_attention"):
+        raise CaptureError(
+            f"{node.name}: flex attention is no ATen operator: load the model with "
+            'attn_implementation="sdpa"'
+        )
     if not known:
         raise CaptureError(
             f"{node.name}: calls {node.target}, wanted an ATen operator; control flow and "

@@ -11,62 +11,32 @@ in the graph.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
 from qwt_fx.capture.blocks import find_blocks, module_path
 from qwt_fx.capture.canonicalize import canonicalize
+from qwt_fx.capture.example_inputs import (
+    argument_names,
+    batch_size,
+    require_dtype,
+    with_two_samples,
+)
+from qwt_fx.capture.export_conditions import export_conditions
+from qwt_fx.capture.wrappers import unwrapped
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph.aten import SDPA
 from qwt_fx.graph.graph_info import GraphInfo, graph_info, has_graph_info, set_graph_info
+from qwt_fx.graph.input_check import inputs_of
 from qwt_fx.graph.nodes import argument, compute_nodes, strip_weight
 from qwt_fx.text.end_of_text import find_end_of_text
 from qwt_fx.text.text_length import record_full_length, text_ids
 from qwt_fx.text.token_ids import NotProved
 
 _MAX_BATCH = 1 << 20
-
-
-def _batch_size(tensors: Mapping[str, object]) -> int:
-    sizes = {
-        name: int(value.shape[0])
-        for name, value in tensors.items()
-        if isinstance(value, Tensor) and value.dim() > 0
-    }
-    if not sizes:
-        raise CaptureError("example_inputs: no tensor with a batch dimension was given")
-    if len(set(sizes.values())) > 1:
-        raise CaptureError(f"example_inputs: batch sizes differ: {sizes}; give all the same")
-    return next(iter(sizes.values()))
-
-
-def _with_two_samples(value: object, batch: int) -> object:
-    """Export treats sizes 0 and 1 as constants, so a single sample is repeated."""
-    if isinstance(value, Tensor) and value.dim() > 0 and batch == 1:
-        return value.repeat(2, *([1] * (value.dim() - 1)))
-    return value
-
-
-@contextmanager
-def _export_conditions(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no fused attention kernel that would hide the block's structure."""
-    modes = [(module, module.training) for module in model.modules()]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, training in modes:
-            module.training = training
 
 
 def _export(
@@ -92,24 +62,6 @@ def _export(
             f"torch.export cannot capture {type(model).__name__} with a dynamic batch "
             f"dimension{'' if length is None else ' and length'}: {type(error).__name__}: {first[0]}"
         ) from error
-
-
-def _argument_names(
-    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> list[str]:
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise CaptureError(f"{type(model).__name__}.forward: example_inputs: {error}") from error
-    kinds = {p.kind for p in bound.signature.parameters.values() if p.name in bound.arguments}
-    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        extra = [n for n in kwargs if n not in bound.signature.parameters]
-        if extra or inspect.Parameter.VAR_POSITIONAL in kinds:
-            raise CaptureError(
-                f"{type(model).__name__}.forward takes *args or **kwargs for {extra or 'its inputs'}: "
-                "wrap it in a module with named inputs"
-            )
-    return list(bound.arguments)
 
 
 def _name_layers(gm: GraphModule) -> None:
@@ -190,25 +142,10 @@ def capture(
     *,
     strict: bool = False,
 ) -> GraphModule:
-    """Capture a model as a graph of ATen ops whose batch dimension is dynamic.
+    """See `qwt_fx.capture`, which tells as well whether the graph could be stored.
 
-    Args:
-        model: any module `torch.export` can trace; it is captured in evaluation mode. Or what
-            `torch.export.export` returned, or its `module()`, with a dynamic batch dimension.
-        example_inputs: a tuple of tensors (or one tensor) whose first dimension is the batch; any
-            batch size, 1 included.
-        kwargs: keyword inputs of `forward`.
-        strict: capture with TorchDynamo instead of tracing.
-
-    Returns:
-        A `GraphModule` called like the model and returning its output structure, with the
-        transformer blocks recorded. A graph captured before is returned as it is. A model of one
-        tensor of token ids (n, context) accepts shorter ids as well where `GraphInfo.end_of_text`
-        is set; otherwise `GraphInfo.fixed_length` says why not.
-
-    Raises:
-        CaptureError: the model cannot be exported with a dynamic batch; the message names the node
-            or the first reason of torch.export.
+    Where a graph takes shorter ids, `GraphInfo.end_of_text` is set; otherwise `GraphInfo.fixed_length`
+    says why not. `GraphInfo.inputs` says what else it may be called with.
     """
     if isinstance(model, GraphModule) and has_graph_info(model):
         return model
@@ -216,6 +153,7 @@ def capture(
         isinstance(model, GraphModule) and _is_exported(model)
     ):
         return adopt(model)
+    model = unwrapped(model)
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if not isinstance(example_inputs, tuple):
@@ -223,11 +161,12 @@ def capture(
             f"example_inputs: got {type(example_inputs).__name__}, wanted a tuple of tensors"
         )
     named = dict(kwargs or {})
-    names = _argument_names(model, example_inputs, named)
-    batch = _batch_size(dict(zip(names, (*example_inputs, *named.values()), strict=True)))
-    args = tuple(_with_two_samples(value, batch) for value in example_inputs)
-    named = {name: _with_two_samples(value, batch) for name, value in named.items()}
-    with _export_conditions(model):
+    names = argument_names(model, example_inputs, named)
+    batch = batch_size(dict(zip(names, (*example_inputs, *named.values()), strict=True)))
+    args = tuple(with_two_samples(value, batch) for value in example_inputs)
+    named = {name: with_two_samples(value, batch) for name, value in named.items()}
+    with export_conditions(model) as model:
+        require_dtype(model, args, named)
         ids = text_ids((*args, *named.values()))
         if ids is None:
             return _captured(_export(model, args, named, names, strict))
@@ -241,7 +180,8 @@ def capture(
 
 def _captured(program: ExportedProgram, full: Tensor | None = None) -> GraphModule:
     """The canonical graph; `full`, ids of full length, where the length is dynamic."""
-    if any(_mutates(node) for node in program.graph.nodes):
+    parts = [m for m in program.graph_module.modules() if isinstance(m, GraphModule)]
+    if any(_mutates(node) for part in parts for node in part.graph.nodes):
         program = program.run_decompositions({})  # functionalizes in-place ops, nothing else
     gm = program.module()
     if not isinstance(gm, GraphModule):
@@ -254,7 +194,9 @@ def _canonical(gm: GraphModule, full: Tensor | None = None) -> GraphModule:
     if full is not None:
         record_full_length(gm, full)
     _name_layers(gm)
-    set_graph_info(gm, GraphInfo(blocks=find_blocks(gm)))
+    gm._forward_pre_hooks.clear()  # export's own checks, which no copy of the graph keeps, ...
+    gm._forward_hooks.clear()  # ... and what ends them
+    set_graph_info(gm, GraphInfo(blocks=find_blocks(gm), inputs=inputs_of(gm)))
     return gm
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.aten import RMS_NORM
+from qwt_fx.graph.dead_code import remove_dead_nodes
 from qwt_fx.graph.edits import described
 from qwt_fx.graph.nodes import argument, dtype_of, is_call, is_constant, shape_of
 
@@ -37,7 +38,7 @@ def fuse_rms_norms(gm: GraphModule) -> int:
         new.meta = described(last)
         last.replace_all_uses_with(new)
         count += 1
-    gm.graph.eliminate_dead_code()
+    remove_dead_nodes(gm)
     return count
 
 

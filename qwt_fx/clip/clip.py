@@ -25,6 +25,7 @@ from qwt_fx.clip.weights import read_checkpoint
 from qwt_fx.data.data import Tokenizer
 from qwt_fx.data.decoding import Transform, to_rgb
 from qwt_fx.errors import ArtifactError, ConfigError, ModelError, first_line
+from qwt_fx.graph.conditions import plain_conditions
 
 TOWERS = ("image", "text")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,6 +116,7 @@ class ClipModel:
         return ids.masked_fill(ids > lengths[:, None], 0).to(self.device)
 
 
+@plain_conditions()
 def load(
     name: str | PathLike[str],
     pretrained: str | PathLike[str] | None = None,

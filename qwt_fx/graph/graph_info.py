@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch.fx import GraphModule
 
 from qwt_fx.errors import PreconditionError
+from qwt_fx.graph.input_check import UNKNOWN, Input, InputCheck
 
 _INFO_KEY = "qwt_fx"
 
@@ -42,6 +43,7 @@ class GraphInfo:
             graph of fixed length.
         context_length: the most ids a graph of any length takes; `None` for one of fixed length.
         fixed_length: why a graph of token ids has a fixed length; `None` for others.
+        inputs: what the graph may be called with, which every call checks; empty where not known.
         unstorable: why the graph cannot be saved, lowered or exported; `None` when it can.
     """
 
@@ -55,6 +57,7 @@ class GraphInfo:
     context_length: int | None = None
     fixed_length: str | None = None
     config: Record = field(default_factory=dict)
+    inputs: list[Input] = field(default_factory=list)
 
 
 def graph_info(gm: GraphModule) -> GraphInfo:
@@ -69,10 +72,28 @@ def graph_info(gm: GraphModule) -> GraphInfo:
 
 
 def set_graph_info(gm: GraphModule, info: GraphInfo) -> None:
-    """Attach records to a graph."""
+    """Attach records to a graph; its inputs are checked from now on, those of its copies too."""
     gm.meta[_INFO_KEY] = info
+    _check_calls(gm)
+
+
+def _check_calls(gm: GraphModule) -> None:
+    hooks = gm._forward_pre_hooks
+    for key in [k for k, hook in hooks.items() if isinstance(hook, InputCheck)]:
+        del hooks[key]
+    if inputs := graph_info(gm).inputs:
+        gm.register_forward_pre_hook(InputCheck(gm, inputs), with_kwargs=True)
+    if _check_calls not in gm._deepcopy_hooks:  # torch.fx copies no other hooks
+        gm._register_deepcopy_hook(_check_calls)
 
 
 def has_graph_info(gm: GraphModule) -> bool:
     """Whether the graph carries qwt_fx records."""
     return isinstance(gm.meta.get(_INFO_KEY), GraphInfo)
+
+
+def recorded_inputs(gm: GraphModule) -> list[Input]:
+    """What the graph may be called with; of a graph without records, as many values as it reads."""
+    if has_graph_info(gm) and (inputs := graph_info(gm).inputs):
+        return inputs
+    return [Input(node.name, UNKNOWN) for node in gm.graph.find_nodes(op="placeholder")]

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
 from torch.fx import GraphModule
 
 from qwt_fx.errors import PassError, PostconditionError, PreconditionError
+from qwt_fx.graph.conditions import plain_conditions
+from qwt_fx.graph.dead_code import remove_dead_code
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.graph_source import recompile
 
@@ -76,6 +77,7 @@ class Pass(ABC):
     def ensures(self, gm: GraphModule) -> None:
         """Raise `PostconditionError` when the rewritten graph breaks the pass's promise."""
 
+    @plain_conditions()
     def __call__(self, gm: GraphModule) -> PassResult:
         """Run the pass on `gm`, in place, and record what it did in the graph's `GraphInfo`."""
         self.requires(gm)
@@ -130,28 +132,6 @@ def _require_named_nodes(gm: GraphModule, name: str) -> None:
 
 def clean_up(gm: GraphModule) -> None:
     """Remove dead nodes and the modules, parameters and buffers nothing reads; check and recompile."""
-    gm.graph.eliminate_dead_code()
-    gm.delete_all_unused_submodules()
-    _drop_unread_tensors(gm)
+    remove_dead_code(gm)
     gm.graph.lint()
     recompile(gm)
-
-
-def _drop_unread_tensors(gm: GraphModule) -> None:
-    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
-    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for table in (module._parameters, module._buffers):
-            for name in [n for n in table if prefix + n not in read]:
-                del table[name]
-                module._non_persistent_buffers_set.discard(name)
-        for name, child in list(module.named_children()):
-            if prefix + name in called:
-                continue
-            visit(child, f"{prefix}{name}.")
-            holds = any(True for _ in child.parameters()) or any(True for _ in child.buffers())
-            if not holds and not any(t.startswith(f"{prefix}{name}.") for t in called):
-                delattr(module, name)
-
-    visit(gm, "")

@@ -18,6 +18,8 @@ from torch.fx.node import map_arg
 from qwt_fx.batches.batch import Batch, as_inputs
 from qwt_fx.batches.value_store import Kept, ValueStore
 from qwt_fx.errors import DataError
+from qwt_fx.graph.graph_info import recorded_inputs
+from qwt_fx.graph.input_check import check_inputs
 from qwt_fx.graph.nodes import get_attr
 
 Value: TypeAlias = Any
@@ -32,14 +34,16 @@ def placeholders(gm: GraphModule) -> list[Node]:
 
 
 def start(gm: GraphModule, batch: Batch) -> Env:
-    """The values of the placeholders for one batch."""
+    """The values of the placeholders for one batch.
+
+    Raises `DataError` for a batch that the graph was not captured for.
+    """
     nodes = placeholders(gm)
     flat = gm.graph.process_inputs(*as_inputs(batch))
-    if len(flat) != len(nodes):
-        raise DataError(
-            f"a calibration batch has {len(flat)} tensors, the model takes {len(nodes)} "
-            f"({', '.join(n.name for n in nodes)})"
-        )
+    try:
+        check_inputs(gm, recorded_inputs(gm), flat)
+    except DataError as error:
+        raise DataError(f"a calibration batch: {error}") from None
     return dict(zip(nodes, flat, strict=True))
 
 

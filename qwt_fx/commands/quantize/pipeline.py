@@ -12,16 +12,19 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qwt_fx import api
+from qwt_fx.artifact.graph_json import why_not_storable
 from qwt_fx.batches.batch import Batch
 from qwt_fx.batches.device_memory import with_smaller_batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.kept_batches import KeptBatches
 from qwt_fx.batches.precision import to_device
 from qwt_fx.batches.value_store import ValueStore
+from qwt_fx.capture.capture import capture
 from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.quantize.tower_checkpoints import FinishedTower, TowerCheckpoints
 from qwt_fx.commands.screen import Screen
 from qwt_fx.config.config import QuantConfig
+from qwt_fx.errors import CaptureError
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
 from qwt_fx.graph.nodes import layer_name, weight_layers
 from qwt_fx.measure.measure import sqnr_db, tensors_of
@@ -181,9 +184,16 @@ def _observe_classifier(
 def capture_towers(model: ClipModel, seconds: dict[str, float]) -> dict[str, GraphModule]:
     """Both towers as captured graphs."""
     begun = time.perf_counter()
-    graphs = {t: api.capture(tower, (model.example(t, 2),)) for t, tower in model.towers.items()}
+    graphs = {t: capture(tower, (model.example(t, 2),)) for t, tower in model.towers.items()}
     seconds["capture"] = seconds.get("capture", 0.0) + time.perf_counter() - begun
     return graphs
+
+
+def require_storable(graphs: Mapping[str, GraphModule]) -> None:
+    """Raise `CaptureError` for a tower that could be quantized but not saved."""
+    for tower, graph in graphs.items():
+        if (reason := why_not_storable(graph)) is not None:
+            raise CaptureError(f"{tower} tower: {reason}")
 
 
 def calibration_sqnr(

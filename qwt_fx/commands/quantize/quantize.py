@@ -41,6 +41,7 @@ from qwt_fx.commands.quantize.pipeline import (
     calibration_sqnr,
     capture_towers,
     quantize_towers,
+    require_storable,
 )
 from qwt_fx.commands.quantize.tower_checkpoints import TowerCheckpoints
 from qwt_fx.commands.results import in_output_directory, kept_report, with_report
@@ -141,6 +142,8 @@ def _quantize(
     retrieval = open_retrieval(args, model, store)
     seconds: dict[str, float] = {}
     graphs = capture_towers(model, seconds)
+    if config.compat != "original":  # which is not saved
+        require_storable(graphs)
     if partial_run is not None and partial_run.known is not None:
         screen.note("--resume: calibrated already; going on with the evaluation")
         result, known = partial_run.load(towers, model.device), partial_run.known
