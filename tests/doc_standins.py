@@ -72,17 +72,23 @@ def timm(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hf(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small random towers in place of openai/clip-vit-base-patch32."""
+    """Small random towers in place of openai/clip-vit-base-patch32 and SigLIP 2's NaFlex."""
     import transformers
 
     size = {"hidden_size": 32, "intermediate_size": 64, "projection_dim": 16}
     size |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-    for kind, more in (("Vision", {"image_size": 32, "patch_size": 16}), ("Text", {})):
-        model = getattr(transformers, f"CLIP{kind}ModelWithProjection")
-        config = getattr(transformers, f"CLIP{kind}Config")(**size, **more)
+    for kind, repository, more in (
+        ("CLIPVision{}WithProjection", "openai/clip-vit-base-patch32", {"image_size": 32}),
+        ("CLIPText{}WithProjection", "openai/clip-vit-base-patch32", {}),
+        ("Siglip2Vision{}", "google/siglip2-base-patch16-naflex", {"num_patches": 64}),
+    ):
+        model = getattr(transformers, kind.format("Model"))
+        config = model.config_class(**size, **more, **({"patch_size": 16} if "V" in kind else {}))
 
-        def load(name: str, model: Any = model, config: Any = config) -> Any:
-            assert name == "openai/clip-vit-base-patch32"
+        def load(
+            name: str, model: Any = model, config: Any = config, wanted: str = repository
+        ) -> Any:
+            assert name == wanted
             return model(config)
 
         monkeypatch.setattr(model, "from_pretrained", load)

@@ -19,10 +19,14 @@ import torch
 from check_links import ROOT, anchors, broken_html, broken_markdown
 from doc_blocks import BLOCKS, PAGES, Block, blocks_of
 from doc_standins import STAND_INS
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 import qwt_fx
 import qwt_fx.passes
+from qwt_fx.artifact.graph_json import why_not_storable
 from qwt_fx.cli import build_parser
+from qwt_fx.graph.graph_info import graph_info, has_graph_info
 
 PYTHON = [b for b in BLOCKS if b.language == "python"]
 SHELL = [b for b in BLOCKS if b.is_shell]
@@ -219,7 +223,38 @@ def _run_page(blocks: list[Block], folder: Path, monkeypatch: pytest.MonkeyPatch
         for name in block.names("stand-in"):
             STAND_INS[name](space, monkeypatch)
         code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec")
+        before = list(space.values())
         exec(code, space)
+        for name, graph in list(space.items()):
+            if _is_converted(graph) and not any(graph is old for old in before):
+                _assert_stored_and_exported(graph, Path(f"stored-{block.line}-{name}"))
+
+
+def _is_converted(value: object) -> bool:
+    return (
+        isinstance(value, GraphModule)
+        and has_graph_info(value)
+        and bool(graph_info(value).config)
+        and why_not_storable(value) is None  # the lowered ones have kernels of one backend
+        and not any(node.op == "call_module" for node in value.graph.nodes)
+    )
+
+
+def _assert_stored_and_exported(graph: GraphModule, path: Path) -> None:
+    """What a page quantizes can be saved, loaded and exported."""
+    given = []
+    for wanted in graph_info(graph).inputs:
+        shape = [2 if position == 0 else size if isinstance(size, int) else size[2]
+                 for position, size in enumerate(wanted.sizes)]  # fmt: skip
+        dtype = getattr(torch, str(wanted.dtype), torch.int64)
+        given.append(
+            torch.rand(shape) if dtype.is_floating_point else torch.ones(*shape, dtype=dtype)
+        )
+    qwt_fx.save(graph, path)
+    with torch.no_grad():
+        outputs = [tree_leaves(g(*given)) for g in (graph, qwt_fx.load(path))]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    qwt_fx.export(graph, path.with_suffix(".pt2"), tuple(given), format="pt2")
 
 
 @pytest.mark.parametrize("blocks", _pages(slow=False))

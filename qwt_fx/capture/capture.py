@@ -58,6 +58,12 @@ def _export(
         return export(model, args, kwargs, dynamic_shapes=dynamic, strict=strict)
     except Exception as error:  # torch.export raises many kinds; each means "cannot capture"
         first = str(error).strip().splitlines() or [type(error).__name__]
+        if "spatial_shapes" in names:
+            raise CaptureError(
+                f"{type(model).__name__} takes spatial_shapes, the shape of each image, which decides "
+                "what is computed: capture it for one shape, by the module FixedShape of "
+                "docs/howto/hugging-face.md"
+            ) from error
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__} with a dynamic batch "
             f"dimension{'' if length is None else ' and length'}: {type(error).__name__}: {first[0]}"
