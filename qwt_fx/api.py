@@ -75,7 +75,8 @@ def capture(
     Warns where the graph could not be saved, once quantized. Raises `CaptureError` where the model
     cannot be exported with a dynamic batch; the message names the node or the reason of torch.export.
     """
-    return _storable(capture_graph(model, example_inputs, kwargs, strict=strict))
+    gm = capture_graph(model, example_inputs, kwargs, strict=strict)
+    return gm if gm is model else _storable(gm)  # of a graph captured before it was said before
 
 
 def _storable(gm: GraphModule) -> GraphModule:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.capture.blocks import find_blocks, module_path
 from qwt_fx.capture.canonicalize import canonicalize
+from qwt_fx.capture.contexts import refuse_autocast
 from qwt_fx.capture.example_inputs import (
     argument_names,
     batch_size,
@@ -188,6 +189,7 @@ def _captured(program: ExportedProgram, full: Tensor | None = None) -> GraphModu
     """The canonical graph; `full`, ids of full length, where the length is dynamic."""
     parts = [m for m in program.graph_module.modules() if isinstance(m, GraphModule)]
     if any(_mutates(node) for part in parts for node in part.graph.nodes):
+        refuse_autocast(program.graph_module)  # it would become casts
         program = program.run_decompositions({})  # functionalizes in-place ops, nothing else
     gm = program.module()
     if not isinstance(gm, GraphModule):

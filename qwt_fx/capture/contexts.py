@@ -23,28 +23,34 @@ _BEFORE = {_AUTOCAST: 4, _GRADIENTS: 1}  # the context's own arguments stand bef
 def inline_contexts(gm: GraphModule) -> None:
     """Put the parts that a model computes in such contexts in line, in place.
 
-    Raises `CaptureError` for autocast that is switched on.
+    Raises what `refuse_autocast` does.
     """
+    refuse_autocast(gm)
     for node in list(gm.graph.nodes):
         if is_call(node, _BEFORE):
-            _require_no_effect(gm, node)
             part = node.args[_BEFORE[node.target]]
             _inline(gm, node, part, node.args[_BEFORE[node.target] + 1 :])
             if not part.users:
                 gm.graph.erase_node(part)
 
 
-def _require_no_effect(gm: GraphModule, node: Node) -> None:
-    if node.target is _GRADIENTS:
-        return
-    device, dtype, enabled = node.args[:3]
-    values = (n.meta.get("val") for n in gm.graph.nodes if n.op in ("placeholder", "get_attr"))
-    if enabled and any(isinstance(v, Tensor) and v.device.type == device for v in values):
-        raise CaptureError(
-            f"{node.name}: the model computes a part under torch.autocast({device!r}, {dtype}), whose "
-            "dtypes no captured graph can hold: take that block out of the model (or give it "
-            f"enabled=False), or convert the model, model.to({dtype})"
-        )
+def refuse_autocast(gm: GraphModule) -> None:
+    """Raise `CaptureError` for a part under autocast that is on, for a device of the graph's inputs."""
+    devices = {
+        value.device.type
+        for node in gm.graph.nodes
+        if node.op in ("placeholder", "get_attr")
+        and isinstance(value := node.meta.get("val"), Tensor)
+    }
+    parts = [m for m in gm.modules() if isinstance(m, GraphModule)]
+    for node in (n for part in parts for n in part.graph.nodes if is_call(n, {_AUTOCAST})):
+        device, dtype, enabled = node.args[:3]
+        if enabled and device in devices:
+            raise CaptureError(
+                f"{node.name}: the model computes a part under torch.autocast({device!r}, {dtype}), "
+                "whose dtypes no captured graph can hold: take that block out of the model (or give it "
+                f"enabled=False), or convert the model, model.to({dtype})"
+            )
 
 
 def _inline(gm: GraphModule, node: Node, part: Node, inputs: tuple[Node, ...]) -> None:

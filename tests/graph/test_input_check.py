@@ -107,8 +107,9 @@ def test_export_and_dynamo_see_the_check_and_keep_what_is_dynamic() -> None:
     q, x = _graphs()["quantized"], images(3)
     program = export(q, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
     assert program.module()(images(7)).shape == (7, 4)
-    compiled = torch.compile(q, backend="eager", fullgraph=True)
+    whole, compiled = (torch.compile(q, backend="eager", fullgraph=full) for full in (True, False))
     with torch.no_grad():
+        torch.testing.assert_close(whole(x), q(x))
         torch.testing.assert_close(compiled(x), q(x))
         with pytest.raises(DataError, match=r"wanted \(n, 3, 16, 24\)"):
             compiled(torch.randn(2, 3, 24, 16))
