@@ -18,7 +18,7 @@ from qwt_fx import api
 from qwt_fx.artifact.graph_json import graph_from_json, graph_to_json
 from qwt_fx.clip.clip import TextTower
 from qwt_fx.config.config import QuantConfig
-from qwt_fx.errors import ArtifactError
+from qwt_fx.errors import ArtifactError, DataError
 from qwt_fx.evaluate.evaluate import text_features
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.sample_ids import batch_axis
@@ -278,7 +278,7 @@ def test_lengths_are_rounded_up_and_never_beyond_the_context(graph: GraphModule)
 
 
 def test_a_text_longer_than_the_context_is_refused(graph: GraphModule) -> None:
-    with pytest.raises(RuntimeError, match="12"):
+    with pytest.raises(DataError, match=r"wanted \(n, at most 12\)"):
         graph(torch.zeros(2, CONTEXT + 1, dtype=torch.int64))
 
 
