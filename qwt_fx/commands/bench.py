@@ -15,6 +15,7 @@ from qwt_fx.backends.runtimes import INTEGER, Prepared, Source, runtime_for
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.arguments import add_common, add_model, positive
+from qwt_fx.commands.inputs import load_model, require_same_inputs
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.errors import ConfigError
 from qwt_fx.inspect.report import SCHEMA, peak_rss_bytes
@@ -71,7 +72,10 @@ def run(args: argparse.Namespace) -> None:
     screen = Screen(args.quiet)
     artifact = read_artifact(Path(args.artifact))
     model = clip.from_artifact(artifact)
-    floating = None if args.model is None else clip.load(args.model, args.pretrained)
+    args.device, args.precision = "cpu", "fp32"  # what the floating-point runtimes are named for
+    floating = None if args.model is None else load_model(args)
+    if floating is not None:
+        require_same_inputs(model, floating)
     towers = TOWERS if args.tower == "both" else (args.tower,)
     prepared = {tower: _prepare(tower, names, artifact, model, floating) for tower in towers}
     for name in (n for n in names if n in INTEGER):

@@ -16,7 +16,7 @@ from qwt_fx.artifact.output import PARTIAL_SUFFIX, REPORT, write_text_atomic
 from qwt_fx.batches import ranks
 from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.clip import clip
-from qwt_fx.clip.clip import TOWERS
+from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.arguments import add_common, add_eval, add_model, natural, positive
 from qwt_fx.commands.classification import Evaluation, metrics_of
 from qwt_fx.commands.inputs import (
@@ -24,6 +24,7 @@ from qwt_fx.commands.inputs import (
     load_model,
     open_evaluation,
     open_retrieval,
+    require_same_inputs,
     show_preprocessing,
 )
 from qwt_fx.commands.results import (
@@ -36,6 +37,7 @@ from qwt_fx.commands.results import (
 )
 from qwt_fx.commands.retrieval import Retrieval, with_retrieval
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.sizes import artifact_size, fp32_bytes
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
@@ -116,6 +118,8 @@ def _evaluate(
         # x86 means the CPU, also where a GPU is.
         on_cpu = args.backend == "x86" and args.device == "auto"
         loaded = clip.from_artifact(artifact, device="cpu" if on_cpu else device_of(args))
+    if floating is not None and loaded is not None:
+        require_same_inputs(loaded, floating)
     model = floating or loaded  # gives the transform and the tokenizer
     if model is None:  # run() checked; fp32_eval needs --model
         raise ConfigError("--model is needed: an open_clip name or a config JSON")
@@ -143,10 +147,24 @@ def _evaluate(
         model=model.name,
         pretrained=model.pretrained,
         metrics=metrics,
+        size=_size(args, artifact, towers, floating),
         seconds={"evaluate": elapsed, "total": elapsed},
         processes={"count": ranks.current().world, "wire_bytes": ranks.current().wire_bytes},
         run=identity,
     )
+
+
+def _size(
+    args: argparse.Namespace,
+    artifact: Artifact | None,
+    towers: tuple[str, ...],
+    floating: ClipModel | None,
+) -> JsonObject:
+    if artifact is not None:
+        return artifact_size(Path(args.artifact), artifact, towers, floating)
+    return {
+        "fp32_bytes": None if floating is None else sum(fp32_bytes(floating, t) for t in TOWERS)
+    }
 
 
 def _metrics(

@@ -16,7 +16,7 @@ from qwt_fx.backends.onnx.onnx_runtime import audit
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.arguments import add_calibration, add_common, add_model
-from qwt_fx.commands.inputs import load_batches, load_model
+from qwt_fx.commands.inputs import load_batches, load_model, require_same_inputs
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.commands.verify import Pairs, noise_batches, verify
 from qwt_fx.errors import ConfigError, MissingExtraError
@@ -181,5 +181,6 @@ def _verify(
     else:
         args.device = "cpu"
         floating = load_model(args)
+        require_same_inputs(model, floating)
     files = {tower: folder / f"{tower}{SUFFIXES[args.format]}" for tower in towers}
     verify(model, floating, files, args.format, batches, screen, args.threads)

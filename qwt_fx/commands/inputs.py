@@ -72,6 +72,22 @@ def load_model(args: argparse.Namespace) -> ClipModel:
     )
 
 
+def require_same_inputs(stored: ClipModel, floating: ClipModel) -> None:
+    """Raise `ConfigError` where the model beside an artifact reads other images or texts than it does.
+
+    Each would be given the other's inputs: an error of torch at best, figures of nothing at worst.
+    """
+    for what, there, here in (
+        ("images", describe(stored.preprocess), describe(floating.preprocess)),
+        ("texts", f"{stored.context_length} tokens", f"{floating.context_length} tokens"),
+    ):
+        if there != here:
+            raise ConfigError(
+                f"--model {floating.name} is not what the artifact was made of: it reads {what} of "
+                f"{here}, the artifact (of {stored.name}) of {there}; give the same --model and flags"
+            )
+
+
 def show_preprocessing(model: ClipModel, screen: Screen) -> None:
     """One line on how images are prepared: a wrong mean is seen nowhere else."""
     screen.note(f"images of {model.name}: {describe(model.preprocess)}")

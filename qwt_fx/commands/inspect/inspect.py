@@ -16,7 +16,7 @@ from qwt_fx.commands.arguments import (
 from qwt_fx.commands.inspect.inspect_data import Subject, gather, open_subject
 from qwt_fx.commands.screen import Screen
 from qwt_fx.errors import ConfigError
-from qwt_fx.inspect.page.data import STAGES, PageData, TowerData
+from qwt_fx.inspect.page.data import STAGES, Absent, PageData, TowerData
 from qwt_fx.inspect.page.document import render
 from qwt_fx.inspect.page.tables import LAYER_HEADERS, layer_cells
 
@@ -76,21 +76,22 @@ def _rows(subject: Subject, tower: TowerData, graph_order: bool) -> list[JsonObj
 
 
 def _tell(screen: Screen, path: str, page: PageData) -> None:
-    lacking = sorted(set(page.needs.values())) if page.needs else []
-    screen.note(
-        f"wrote {path}" + (f"; for what it lacks give {'; '.join(lacking)}" * bool(lacking))
-    )
+    parts = [page.size, *(part for tower in page.towers for part in tower.absent)]
+    flags = dict.fromkeys(f for part in parts if isinstance(part, Absent) for f in part.flags)
+    lacking = f"; {' and '.join(sorted(flags))} would fill what it lacks" if flags else ""
+    screen.note(f"wrote {path}{lacking}")
 
 
 def _show(screen: Screen, tower: TowerData, rows: list[JsonObject]) -> None:
     headers = (f"{tower.name} {_WRAPPED[0]}", *_WRAPPED[1:])
     assert len(headers) == len(LAYER_HEADERS)  # one table, two places
     screen.table([layer_cells(row) for row in rows], headers)
-    stages = [stage for stage in STAGES if stage in (tower.stages or {})]
+    sqnr = {} if isinstance(tower.stages, Absent) else tower.stages
+    stages = [stage for stage in STAGES if stage in sqnr]
     blocks = [
         [
             row["name"],
-            *(_number((tower.stages or {})[stage].get(row["name"]), 1) for stage in stages),
+            *(_number(sqnr[stage].get(row["name"]), 1) for stage in stages),
             _number(row["r2"], 3),
             _number(row["r2_held_out"], 3),
             str(row["parameters"]),

@@ -46,6 +46,7 @@ from qwt_fx.commands.quantize.tower_checkpoints import TowerCheckpoints
 from qwt_fx.commands.results import in_output_directory, kept_report, with_report
 from qwt_fx.commands.retrieval import with_retrieval
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.sizes import fp32_bytes
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.classes import ClassPrompts
 from qwt_fx.data.data import CalibrationData
@@ -250,11 +251,6 @@ def save_clip(
     sizes = write_artifact(folder, result.towers, config=config.to_dict(), extra=extra)
     size["quantized_bytes"] = sum(sizes.towers[tower] for tower in result.quantized)
     return size
-
-
-def fp32_bytes(model: ClipModel, tower: str) -> int:
-    """Bytes of a tower's parameters and persistent buffers in float32."""
-    return sum(value.numel() * 4 for value in model.towers[tower].state_dict().values())
 
 
 def _check_drop(limit: float | None, report: JsonObject) -> None:

@@ -48,12 +48,21 @@ def run_identity(args: argparse.Namespace) -> dict[str, Any]:
 
 def existing_report(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """The report at `path` when it is one of this very run, else `None`."""
+    report = read_report(path)
+    try:
+        same = report is not None and report["run"]["digest"] == run["digest"]
+        return report if same and report is not None and report["schema"] == SCHEMA else None
+    except (KeyError, TypeError):
+        return None
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """A report of any run; `None` where there is none that can be read."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        same = report["run"]["digest"] == run["digest"] and report["schema"] == SCHEMA
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    return dict(report) if same else None
+    return report if isinstance(report, dict) else None
 
 
 def _data(args: argparse.Namespace) -> dict[str, str]:
