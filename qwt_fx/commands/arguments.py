@@ -109,7 +109,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The MODEL flags."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME|FILE.json", help="open_clip name or config JSON")
-    group.add_argument("--pretrained", metavar="TAG|FILE", help="open_clip tag or checkpoint file")
+    group.add_argument(
+        "--pretrained",
+        metavar="TAG|FILE",
+        help="open_clip tag, checkpoint file, or folder of shards",
+    )
     group.add_argument(
         "--allow-torchscript",
         action="store_true",

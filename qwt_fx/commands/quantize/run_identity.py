@@ -70,8 +70,13 @@ def _data(args: argparse.Namespace) -> dict[str, str]:
     digests = {}
     for flag in _FILES:
         value = getattr(args, flag, None)
-        if value is not None and os.path.isfile(value):
-            digests[flag] = _digest([value])
+        path = None if value is None else str(value).removeprefix("local-dir:")
+        if path is not None and os.path.isdir(path):
+            digests[flag] = _digest(_below(path))
+        elif path is not None and path.endswith(".index.json") and os.path.isfile(path):
+            digests[flag] = _digest(_below(os.path.dirname(path) or "."))
+        elif path is not None and os.path.isfile(path):
+            digests[flag] = _digest([path])
     if (artifact := getattr(args, "artifact", None)) is not None:
         index = Path(artifact) / INDEX
         if index.is_file():
