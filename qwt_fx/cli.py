@@ -21,6 +21,7 @@ import torch
 
 from qwt_fx.batches import ranks
 from qwt_fx.commands import bench, demo, evaluate, export
+from qwt_fx.commands.arguments import unrecognized
 from qwt_fx.commands.config_file import config_arguments
 from qwt_fx.commands.inputs import device_of
 from qwt_fx.commands.inspect import inspect
@@ -60,22 +61,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = build_parser()
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:  # the command's own usage, not the program's
+        args.parser.error(unrecognized(args.parser, words, unknown))
     if getattr(args, "config", None) is not None:
         # The file's settings go first, so that the flags on the line win.
         settings = config_arguments(args.parser, Path(args.config))
         begin = words.index(args.command) + 1
         args = parser.parse_args(words[:begin] + settings + words[begin:])
-    _refuse_dashes(parser, args)
+    _refuse_dashes(args)
     return args
 
 
-def _refuse_dashes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _refuse_dashes(args: argparse.Namespace) -> None:
     """argparse drops a value of "--" and leaves an empty list in its place."""
     for name, value in vars(args).items():
         repeated = isinstance(value, list) and args.parser.get_default(name) == []
         if (value == [] and not repeated) or (repeated and [] in value):
-            parser.error(f"argument --{name.replace('_', '-')}: got '--', wanted a value")
+            args.parser.error(f"argument --{name.replace('_', '-')}: got '--', wanted a value")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

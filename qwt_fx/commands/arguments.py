@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
+from collections.abc import Sequence
 
 from qwt_fx.batches.value_store import parse_size
 from qwt_fx.clip.preprocessing import INTERPOLATIONS, RESIZE_MODES
@@ -16,9 +19,28 @@ DEFAULT_SAMPLES = 512
 MAX_THREADS = 1024
 
 
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number") from None
+
+
+def number(text: str) -> float:
+    """A number that is finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number")
+    return value
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at least 1")
     return value
@@ -34,7 +56,7 @@ def threads(text: str) -> int:
 
 def natural(text: str) -> int:
     """A whole number of at least 0."""
-    value = int(text)
+    value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at least 0")
     return value
@@ -50,7 +72,7 @@ def size(text: str) -> int:
 
 def bits(text: str) -> int:
     """A bit width: 2..8, or 16 / 32 for not quantized."""
-    value = int(text)
+    value = whole(text)
     if not quant.MIN_BITS <= value <= quant.MAX_BITS and value not in quant.FLOAT_BITS:
         raise argparse.ArgumentTypeError(f"got {value}, wanted 2..8 (16 or 32 = not quantized)")
     return value
@@ -121,7 +143,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("mean", "std"):
         group.add_argument(
-            f"--image-{name}", nargs=3, type=float, metavar=("R", "G", "B"),
+            f"--image-{name}", nargs=3, type=number, metavar=("R", "G", "B"),
             help="of pixels in [0, 1], instead of the model's own",
         )  # fmt: skip
     group.add_argument("--resize-mode", choices=RESIZE_MODES, help="instead of the model's own")
@@ -147,6 +169,22 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=positive, default=128, metavar="B")
     group.add_argument("--workers", type=natural, default=0, metavar="N")
     group.add_argument("--seed", type=natural, default=1)
+
+
+def add_sample_keys(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what a sample of --train-data and --retrieval-data is."""
+    group = parser.add_argument_group("samples of shards, or columns of a csv file")
+    group.add_argument(
+        "--image-key",
+        metavar="EXT[;EXT...]",
+        help="extensions of images, the first that is there (default jpg;jpeg;png;webp; csv: filepath)",
+    )
+    group.add_argument(
+        "--caption-key",
+        metavar="EXT[;EXT...]",
+        help="extensions of captions, json:KEY for a key of a JSON file (default txt;json:caption; csv: "
+        "title). A file's extension is all that follows the first dot of its name, as in webdataset",
+    )
 
 
 def add_quant(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +217,7 @@ def add_quant(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--exceptions",
-        type=float,
+        type=number,
         default=0.0,
         metavar="SHARE",
         help="8 bits for the most sensitive layers until weights are this share larger (default 0)",
@@ -265,3 +303,29 @@ def quant_config(args: argparse.Namespace) -> quant.QuantConfig:
         exceptions=args.exceptions,
         **dict(args.remedy),
     )
+
+
+def unrecognized(
+    parser: argparse.ArgumentParser, words: Sequence[str], unknown: Sequence[str]
+) -> str:
+    """The message for words that a command does not take: what was meant, where that can be told."""
+    message = f"unrecognized arguments: {' '.join(unknown)}"
+    flags = {option: a for a in parser._actions for option in a.option_strings}
+    first = unknown[0]
+    if first.startswith("-"):
+        name = first.partition("=")[0]
+        close = difflib.get_close_matches(name, flags, n=2, cutoff=0.7)
+        return message + (f"; did you mean {' or '.join(close)}?" if close else "")
+    at = words.index(first)
+    flag = next((word for word in reversed(words[:at]) if word in flags), None)
+    if flag is None:
+        return message
+    values = [*words[words.index(flag) + 1 : at], *unknown]
+    joined = next((s for s in (",", ";", "::") if s in str(flags[flag].metavar)), None)
+    if flags[flag].metavar == "SPEC":
+        joined = "::"
+    if joined is None:
+        return f"{message}; {flag} takes one value, in quotes where it has spaces"
+    given = joined.join(word.strip(joined) for word in values if not word.startswith("-"))
+    quoted = f"'{given}'" if joined == ";" else given
+    return f"{message}; several values are joined by {joined}: {flag} {quoted}"

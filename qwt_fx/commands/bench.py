@@ -59,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sizes(text: str) -> list[int]:
-    return [positive(word) for word in text.split(",")]
+    try:
+        return [positive(word) for word in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        reason = f"{error}; sizes are joined by commas, such as 1,16"
+        raise argparse.ArgumentTypeError(reason) from None
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,7 +17,14 @@ from qwt_fx.batches import ranks
 from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import TOWERS, ClipModel
-from qwt_fx.commands.arguments import add_common, add_eval, add_model, natural, positive
+from qwt_fx.commands.arguments import (
+    add_common,
+    add_eval,
+    add_model,
+    add_sample_keys,
+    natural,
+    positive,
+)
 from qwt_fx.commands.classification import Evaluation, metrics_of
 from qwt_fx.commands.inputs import (
     device_of,
@@ -57,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifact", metavar="DIR", help="what quantize wrote")
     add_model(parser)
     add_eval(parser)
+    add_sample_keys(parser)
     parser.add_argument("--backend", default="eager", help="eager (default), x86 or cuda")
     parser.add_argument("--report", metavar="FILE", help="write report.json here")
     parser.add_argument(

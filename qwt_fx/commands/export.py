@@ -15,7 +15,7 @@ from qwt_fx.backends.onnx.layout import int8_changes_weights
 from qwt_fx.backends.onnx.onnx_runtime import audit
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import TOWERS, ClipModel
-from qwt_fx.commands.arguments import add_calibration, add_common, add_model
+from qwt_fx.commands.arguments import add_calibration, add_common, add_model, add_sample_keys
 from qwt_fx.commands.inputs import load_batches, load_model, require_same_inputs
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.commands.verify import Pairs, noise_batches, verify
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare with the artifact")
     add_model(parser)
     add_calibration(parser)
+    add_sample_keys(parser)
     add_common(parser)
 
 

@@ -23,6 +23,7 @@ from qwt_fx.data.classes import ClassPrompts, resolve
 from qwt_fx.data.data import CalibrationData, load_calibration
 from qwt_fx.data.imagefolder import open_validation
 from qwt_fx.data.retrieval_data import RetrievalReader
+from qwt_fx.data.sample_keys import SampleKeys
 from qwt_fx.errors import ConfigError
 
 
@@ -100,12 +101,14 @@ def deal_batches(
     extra_batches: int,
     prompts: ClassPrompts | None,
     store: ValueStore | None = None,
+    *,
+    captioned: bool = True,
 ) -> tuple[DistributedBatches, CalibrationData | None]:
     """As `load_batches`, read by the first rank: this rank's batches, and there all that was read."""
     among = ranks.current()
     data = None
     if among.first:
-        data = load_batches(args, model, screen, extra_batches, prompts, store)
+        data = load_batches(args, model, screen, extra_batches, prompts, store, captioned=captioned)
     sizes = among.from_first(lambda: [] if data is None else [len(b[0]) for b in data.batches])
     DistributedBatches([], sizes, among)  # enough for all, before they travel
     if data is not None and among.world == 1:
@@ -123,13 +126,16 @@ def load_batches(
     extra_batches: int,
     prompts: ClassPrompts | None,
     store: ValueStore | None = None,
+    *,
+    captioned: bool = True,
 ) -> CalibrationData:
     """Calibration pairs; `extra_batches` more than asked for (an off-by-one of the original).
 
-    `store` keeps them, by default memory.
+    `store` keeps them, by default memory. `captioned`: a sample without a caption is passed over.
     """
     if args.train_data is None:
         raise ConfigError("--train-data is needed: calibration shards, a folder or a csv file")
+    keys = SampleKeys.parse(args.image_key, args.caption_key)
     with screen.phase("read calibration data") as update:
         data = load_calibration(
             args.train_data,
@@ -143,6 +149,7 @@ def load_batches(
             class_prompts=prompts,
             progress=update,
             store=store,
+            keys=keys if captioned else keys.without_captions(),
         )
     for note in data.notes:
         screen.note(note)
@@ -185,5 +192,6 @@ def open_retrieval(
         model.tokenizer,
         getattr(args, "batch_size", 128),
         args.workers,
+        SampleKeys.parse(args.image_key, args.caption_key),
     )
     return Retrieval(reader, model.device, store, ranks.current())

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [p for part in ("qwt_fx", "passes", "backends") for p in (ROOT / part).rglob("*.py")]
 
-# Only checkpoint_files.py and torchscript.py of the room clip read pickles of others: state dicts under torch's
-# weights_only, and TorchScript's under a closed list of names (tests/clip/test_weights.py attacks both).
+# Only checkpoint_files.py and torchscript.py of the room clip read pickles of others: state dicts under
+# torch's weights_only, and TorchScript's under a closed list of names (its tests attack both).
 FORBIDDEN_MODULES = {
     "pickle",
     "cPickle",

@@ -12,6 +12,7 @@ from qwt_fx.commands.arguments import (
     add_common,
     add_model,
     add_quant,
+    add_sample_keys,
 )
 from qwt_fx.commands.inspect.inspect_data import Subject, gather, open_subject
 from qwt_fx.commands.screen import Screen
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifact", metavar="DIR", help="what quantize wrote")
     add_model(parser)
     add_calibration(parser)
+    add_sample_keys(parser)
     add_quant(parser)
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page here")
     parser.add_argument(

@@ -58,6 +58,7 @@ class Subject:
         floating: captured graphs of the floating-point model, when it is known.
         model: transform and examples; `None` for an artifact of one graph.
         batches: calibration batches; empty when none were given.
+        captioned: these have captions.
         config: how the towers were quantized.
         folder: of the artifact.
         size: bytes of the quantized towers.
@@ -73,6 +74,11 @@ class Subject:
     folder: Path | None
     size: dict[str, float] | Absent
     settings: JsonObject | None = None
+    captioned: bool = True
+
+    def measured(self, tower: str) -> bool:
+        """Whether there are inputs to measure a tower on."""
+        return bool(self.batches) and (tower != "text" or self.captioned)
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -102,7 +108,8 @@ def open_subject(args: argparse.Namespace, screen: Screen) -> Subject:
     size: dict[str, float] | Absent = _NO_DATA
     if args.train_data is None:
         return Subject(graphs, towers, graphs, model, [], config, None, size)
-    batches = load_batches(args, model, screen, 0, None).batches
+    data = load_batches(args, model, screen, 0, None, captioned="text" in towers)
+    batches = data.batches
     result = quantize_towers(model, graphs, batches, config, towers, screen)
     settings = run_identity(args)["settings"]
     if config.compat == "original":
@@ -112,7 +119,9 @@ def open_subject(args: argparse.Namespace, screen: Screen) -> Subject:
     elif args.html is not None:
         with tempfile.TemporaryDirectory() as folder:
             size = _size(save_clip(Path(folder), model, result, config, screen))
-    return Subject(result.towers, towers, graphs, model, batches, config, None, size, settings)
+    return Subject(
+        result.towers, towers, graphs, model, batches, config, None, size, settings, data.captioned
+    )
 
 
 def _of_artifact(args: argparse.Namespace, screen: Screen) -> Subject:
@@ -130,18 +139,19 @@ def _of_artifact(args: argparse.Namespace, screen: Screen) -> Subject:
         require_same_inputs(model, source)
         floating = capture_towers(source, {})
         _require_same_layers(args.model, artifact.towers, floating)
+    quantized = tuple(artifact.extra.get("quantized_towers", list(artifact.towers)))
     batches: Sequence[tuple[Tensor, Tensor]] = []
+    captioned = True
     if args.train_data is not None and source is not None:
-        batches = load_batches(args, source, screen, 0, None).batches
-    default = list(artifact.towers)
-    quantized = tuple(artifact.extra.get("quantized_towers", default))
-    known = read_report(folder / REPORT) or {}
+        data = load_batches(args, source, screen, 0, None, captioned="text" in quantized)
+        batches, captioned = data.batches, data.captioned
     size = _size(artifact_size(folder, artifact, quantized, source if floating else None))
-    settings = (known.get("run") or {}).get("settings")
+    settings = ((read_report(folder / REPORT) or {}).get("run") or {}).get("settings")
     config = QuantConfig.from_dict(artifact.config)
     return Subject(
-        dict(artifact.towers), quantized, floating, model, batches, config, folder, size, settings
-    )
+        dict(artifact.towers), quantized, floating, model, batches, config, folder, size, settings,
+        captioned,
+    )  # fmt: skip
 
 
 def _require_same_layers(
@@ -190,6 +200,8 @@ def _lacks(subject: Subject, tower: str, *, compared: bool) -> Absent | None:
     if compared and tower not in (subject.quantized if known else subject.chosen):
         return _NOT_QUANTIZED
     floating = ("--model",) if compared and not subject.floating else ()
+    if subject.batches and not subject.measured(tower):
+        return Absent(why="the calibration data have no captions")
     data = () if subject.batches else _NO_DATA.flags
     return Absent((*floating, *data)) if floating or data else None
 
@@ -199,7 +211,7 @@ def _tower(
 ) -> TowerData:
     statistics: dict[str, LayerStatistics] | None = None
     contributed: dict[str, float] | None = None
-    if subject.batches:
+    if subject.measured(name):
         with screen.phase(f"{name} tower: measure layers"):
             statistics = layer_statistics(gm, subject.first(name))
             contributed = contributions(gm, subject.first(name), own_errors(gm, statistics))

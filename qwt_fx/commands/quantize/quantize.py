@@ -23,6 +23,8 @@ from qwt_fx.commands.arguments import (
     add_eval,
     add_model,
     add_quant,
+    add_sample_keys,
+    number,
     quant_config,
     size,
     towers_of,
@@ -65,7 +67,7 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to its parser."""
-    for add in (add_model, add_calibration, add_quant, add_eval):
+    for add in (add_model, add_calibration, add_sample_keys, add_quant, add_eval):
         add(parser)
     parser.add_argument_group("memory").add_argument(
         "--memory-budget",
@@ -82,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument(
         "--max-drop",
-        type=float,
+        type=number,
         metavar="POINTS",
         help="exit with code 3 when top-1 drops by more percentage points",
     )
@@ -203,7 +205,9 @@ def _calibrate(
     files = None if folder is None else folder / ACTIVATIONS
     with ValueStore(args.memory_budget, files) as store:
         kept = None if args.memory_budget is None else store
-        batches, data = deal_batches(args, model, screen, extra, prompts, kept)
+        batches, data = deal_batches(
+            args, model, screen, extra, prompts, kept, captioned="text" in towers
+        )
         result = quantize_towers(model, graphs, batches, config, towers, screen, checkpoints, store)
         sqnr = None
         if args.imagenet_val is None and args.retrieval_data is None:

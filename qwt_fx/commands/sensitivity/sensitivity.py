@@ -15,6 +15,8 @@ from qwt_fx.commands.arguments import (
     add_common,
     add_model,
     add_quant,
+    add_sample_keys,
+    number,
     positive,
     quant_config,
     towers_of,
@@ -68,15 +70,17 @@ def size(text: str) -> tuple[float, bool]:
 
 def widths(text: str) -> list[int]:
     """`"4,6,8"` as bit widths in 2..8."""
-    values = [int(word) for word in text.split(",")]
-    if not all(2 <= width <= 8 for width in values):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted widths in 2..8 such as 4,6,8")
-    return values
+    words = [word.strip() for word in text.split(",")]
+    if not all(word in "2345678" and len(word) == 1 for word in words):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted widths in 2..8 joined by commas such as 4,6,8"
+        )
+    return [int(word) for word in words]
 
 
 def points(text: str) -> float:
     """Percentage points in [0, 100)."""
-    value = float(text)
+    value = number(text)
     if not 0.0 <= value < 100.0:
         raise argparse.ArgumentTypeError(f"got {text}, wanted percentage points in [0, 100)")
     return value
@@ -84,7 +88,7 @@ def points(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to its parser."""
-    for add in (add_model, add_calibration, add_quant):
+    for add in (add_model, add_calibration, add_sample_keys, add_quant):
         add(parser)
     group = parser.add_argument_group("search")
     budget = group.add_mutually_exclusive_group()
