@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
-from collections.abc import Sequence
+from contextlib import suppress
 
 from qwt_fx.batches.value_store import parse_size
 from qwt_fx.clip.preprocessing import INTERPOLATIONS, RESIZE_MODES
@@ -21,21 +20,17 @@ MAX_THREADS = 1024
 
 def whole(text: str) -> int:
     """A whole number."""
-    try:
+    with suppress(ValueError):
         return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number") from None
+    raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number")
 
 
 def number(text: str) -> float:
     """A number that is finite."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number")
-    return value
+    with suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number")
 
 
 def positive(text: str) -> int:
@@ -173,17 +168,17 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def add_sample_keys(parser: argparse.ArgumentParser) -> None:
     """The flags that say what a sample of --train-data and --retrieval-data is."""
-    group = parser.add_argument_group("samples of shards, or columns of a csv file")
+    group = parser.add_argument_group("extensions of samples in shards, or columns of a csv file")
     group.add_argument(
         "--image-key",
-        metavar="EXT[;EXT...]",
-        help="extensions of images, the first that is there (default jpg;jpeg;png;webp; csv: filepath)",
+        metavar="EXT[;EXT]",
+        help="of images, the first that is there (default jpg;jpeg;png;webp; csv: filepath)",
     )
     group.add_argument(
         "--caption-key",
-        metavar="EXT[;EXT...]",
-        help="extensions of captions, json:KEY for a key of a JSON file (default txt;json:caption; csv: "
-        "title). A file's extension is all that follows the first dot of its name, as in webdataset",
+        metavar="EXT[;EXT]",
+        help="of captions, json:KEY for a key of a JSON file (default txt;json:caption; csv: title). An "
+        "extension is all that follows the first dot of a name, as in webdataset",
     )
 
 
@@ -303,29 +298,3 @@ def quant_config(args: argparse.Namespace) -> quant.QuantConfig:
         exceptions=args.exceptions,
         **dict(args.remedy),
     )
-
-
-def unrecognized(
-    parser: argparse.ArgumentParser, words: Sequence[str], unknown: Sequence[str]
-) -> str:
-    """The message for words that a command does not take: what was meant, where that can be told."""
-    message = f"unrecognized arguments: {' '.join(unknown)}"
-    flags = {option: a for a in parser._actions for option in a.option_strings}
-    first = unknown[0]
-    if first.startswith("-"):
-        name = first.partition("=")[0]
-        close = difflib.get_close_matches(name, flags, n=2, cutoff=0.7)
-        return message + (f"; did you mean {' or '.join(close)}?" if close else "")
-    at = words.index(first)
-    flag = next((word for word in reversed(words[:at]) if word in flags), None)
-    if flag is None:
-        return message
-    values = [*words[words.index(flag) + 1 : at], *unknown]
-    joined = next((s for s in (",", ";", "::") if s in str(flags[flag].metavar)), None)
-    if flags[flag].metavar == "SPEC":
-        joined = "::"
-    if joined is None:
-        return f"{message}; {flag} takes one value, in quotes where it has spaces"
-    given = joined.join(word.strip(joined) for word in values if not word.startswith("-"))
-    quoted = f"'{given}'" if joined == ";" else given
-    return f"{message}; several values are joined by {joined}: {flag} {quoted}"

@@ -15,7 +15,7 @@ from qwt_fx.backends.runtimes import INTEGER, Prepared, Source, runtime_for
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.arguments import add_common, add_model, positive
-from qwt_fx.commands.inputs import load_model, require_same_inputs
+from qwt_fx.commands.inputs import check_flags, load_model, require_same_inputs
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.errors import ConfigError
 from qwt_fx.inspect.report import SCHEMA, peak_rss_bytes
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
         runtime_for(name)  # an unknown one is found before any work
     if args.device not in ("auto", "cpu"):
         raise ConfigError(f"--device: got {args.device!r}; runtimes choose theirs, leave it out")
+    check_flags(args)
     screen = Screen(args.quiet)
     artifact = read_artifact(Path(args.artifact))
     model = clip.from_artifact(artifact)

@@ -27,6 +27,7 @@ from qwt_fx.commands.arguments import (
 )
 from qwt_fx.commands.classification import Evaluation, metrics_of
 from qwt_fx.commands.inputs import (
+    check_flags,
     device_of,
     load_model,
     open_evaluation,
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.artifact is None and args.model is None:
         raise ConfigError("--artifact DIR or --model NAME is needed")
+    check_flags(args)
     require_data(args)
     require_target(args, args.report, "--report FILE")
     target = None if args.report is None else Path(args.report)
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
 def run_floating(args: argparse.Namespace) -> None:
     """`quantize --choice fp32_eval`: the floating-point model alone; a report, no artifact."""
     args.artifact, args.backend = None, "eager"
+    check_flags(args, "model")
     require_data(args)
     require_target(args, args.output, "--output DIR")
     target = None if args.output is None else Path(args.output) / REPORT
@@ -130,7 +133,7 @@ def _evaluate(
         require_same_inputs(loaded, floating)
     model = floating or loaded  # gives the transform and the tokenizer
     if model is None:  # run() checked; fp32_eval needs --model
-        raise ConfigError("--model is needed: an open_clip name or a config JSON")
+        raise ConfigError("--artifact DIR or --model NAME is needed")
     show_preprocessing(model, screen)
     evaluation = open_evaluation(args, model, screen, store)
     retrieval = open_retrieval(args, model, store)
@@ -143,6 +146,8 @@ def _evaluate(
         lowered = {t: api.lower(artifact.towers[t], args.backend).to(loaded.device) for t in TOWERS}
         sides["quantized"] = dict(lowered)
         kernels = {t: api.kernel_audit(lowered[t]) for t in towers}
+        if args.backend == "cuda" and loaded.device == "cpu":
+            screen.note("--backend cuda on the CPU: the same integers, slowly")
         if args.backend != "eager":
             every = [kernel for audit in kernels.values() for kernel in audit]
             refuse_if_float(every, f"backend {args.backend}")

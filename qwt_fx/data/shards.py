@@ -66,9 +66,29 @@ def expand(spec: str) -> list[str]:
     missing = [s for s in shards if not is_remote(s) and not os.path.isfile(s)]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        if folder := next((s for s in missing if os.path.isdir(s)), None):
+            raise DataError(_not_shards(folder))
         hint = "; patterns with * are not expanded, use a brace range" if "*" in spec else ""
         raise DataError(f"{len(missing)} of {len(shards)} shards do not exist: {first}{hint}")
+    if table := next((s for s in shards if s.lower().endswith((".csv", ".tsv"))), None):
+        raise DataError(
+            f"{table}: a table, wanted shards (.tar); for a table give --dataset-type csv"
+        )
     return shards
+
+
+def _not_shards(folder: str) -> str:
+    """What a folder holds in the place of a shard, and how that is given."""
+    tars = sorted(name for name in os.listdir(folder) if ".tar" in name or name.endswith(".tgz"))
+    if tars:
+        return (
+            f"{folder}: a folder, wanted the shards in it by their names, such as "
+            f"{os.path.join(folder, tars[0])}: a brace range {{000..031}} names many, :: joins them"
+        )
+    return (
+        f"{folder}: a folder without shards, wanted .tar files; for class folders with images give "
+        "--dataset-type imagefolder"
+    )
 
 
 def _expanded(source: str) -> int:

@@ -14,6 +14,7 @@ from qwt_fx.commands.arguments import (
     add_quant,
     add_sample_keys,
 )
+from qwt_fx.commands.inputs import check_flags
 from qwt_fx.commands.inspect.inspect_data import Subject, gather, open_subject
 from qwt_fx.commands.screen import Screen
 from qwt_fx.errors import ConfigError
@@ -58,6 +59,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.artifact is None and args.model is None:
         raise ConfigError("--artifact DIR or --model is needed")
+    check_flags(args)
+    if args.artifact is not None:
+        _refuse_settings(args)
     if args.html is not None and Path(args.html).is_dir():
         raise ConfigError(f"--html {args.html}: it is a folder; name a file in it")
     screen = Screen(args.quiet)
@@ -68,6 +72,18 @@ def run(args: argparse.Namespace) -> None:
     if args.html is not None:
         write_text_atomic(Path(args.html), render(page))
         _tell(screen, args.html, page)
+
+
+def _refuse_settings(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for settings of a quantization that was done when the artifact was made."""
+    settings = argparse.ArgumentParser()
+    add_quant(settings)
+    for name, value in vars(settings.parse_args([])).items():
+        if getattr(args, name) != value:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} says how a --model is quantized; {args.artifact} is "
+                "quantized already: leave it out"
+            )
 
 
 def _rows(subject: Subject, tower: TowerData, graph_order: bool) -> list[JsonObject]:

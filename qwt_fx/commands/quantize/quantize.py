@@ -31,6 +31,7 @@ from qwt_fx.commands.arguments import (
 )
 from qwt_fx.commands.classification import metrics_of
 from qwt_fx.commands.inputs import (
+    check_flags,
     deal_batches,
     load_model,
     open_evaluation,
@@ -97,8 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if not towers:
         evaluate_command.run_floating(args)
         return
-    if args.output is None:
-        raise ConfigError("--output DIR is needed")
+    check_flags(args, "model", "train_data", "output")
     if args.max_drop is not None and args.imagenet_val is None:
         raise ConfigError("--max-drop needs --imagenet-val")
     config = quant_config(args)

@@ -21,7 +21,7 @@ from qwt_fx.commands.arguments import (
     quant_config,
     towers_of,
 )
-from qwt_fx.commands.inputs import load_batches, load_model
+from qwt_fx.commands.inputs import check_flags, load_batches, load_model
 from qwt_fx.commands.quantize.pipeline import capture_towers
 from qwt_fx.commands.quantize.run_identity import run_identity
 from qwt_fx.commands.results import say_if_nothing_to_resume
@@ -128,6 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    check_flags(args, "model", "train_data")
     config, screen = quant_config(args), Screen(args.quiet)
     _check(args, config)
     if args.calib_samples is None and args.iter is None:
@@ -169,10 +170,14 @@ def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitS
     searched = candidates(config, args.candidates, inputs)
     if not inputs and searched[WEIGHT]:
         raise ConfigError(
-            f"--max-act-bits {args.max_act_bits}: no candidate of {args.candidates} is that narrow"
+            f"--max-act-bits {args.max_act_bits}: no candidate of {_listed(args.candidates)} is that "
+            "narrow; add one, or give more"
         )
     if sum(len(w) > 1 for w in searched.values()) == 0:
-        raise ConfigError(f"--candidates {args.candidates}: there is nothing to choose from")
+        raise ConfigError(
+            f"--candidates {_listed(args.candidates)}: one width leaves nothing to choose, "
+            "wanted two or more such as 4,8"
+        )
     path = None if args.output is None else Path(f"{args.output}.partial")
     if path is not None:
         say_if_nothing_to_resume(args.resume, path, screen)
@@ -186,8 +191,8 @@ def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitS
     first = args.statistics_samples
     if len(images) <= first:
         raise ConfigError(
-            f"{len(images)} calibration pairs, {first} of which measure the layers: none is left to "
-            "judge; give more --calib-samples"
+            f"{len(images)} calibration pairs, {first} of which measure the layers "
+            "(--statistics-samples): none is left to judge; give fewer of these, or more --calib-samples"
         )
     return BitSearch(
         capture_towers(model, {}),
@@ -199,6 +204,10 @@ def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitS
         state,
         screen,
     )
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return ",".join(map(str, widths))
 
 
 def _search(
