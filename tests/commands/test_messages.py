@@ -14,7 +14,8 @@ from qwt_fx.cli import main
 MISTAKES = {
     # The command's own usage, and how several values are written.
     "sensitivity --candidates 4 8":
-        "sensitivity: error: unrecognized arguments: 8; several values are joined by ',': --candidates 4,8",
+        "sensitivity: error: unrecognized arguments: 8; several values are joined by ',': "
+        "--candidates 4,8",
     "sensitivity --candidates 4;8": "got '4;8', wanted widths in 2..8 joined by commas such as 4,6,8",
     "bench --artifact x --batch-sizes 1 16":
         "bench: error: unrecognized arguments: 16; several values are joined by ',': --batch-sizes 1,16",
@@ -32,7 +33,8 @@ MISTAKES = {
     "quantize":
         "--model NAME (of open_clip, or a config JSON), --train-data SPEC (calibration shards, a folder "
         "or a csv file) and --output DIR are needed",
-    "quantize {m} --output x": "--train-data SPEC (calibration shards, a folder or a csv file) is needed",
+    "quantize {m} --output x":
+        "--train-data SPEC (calibration shards, a folder or a csv file) is needed",
     "sensitivity": "--model NAME (of open_clip, or a config JSON) and --train-data SPEC",
     "quantize --choice fp32_eval --imagenet-val x":
         "--model NAME (of open_clip, or a config JSON) is needed",
