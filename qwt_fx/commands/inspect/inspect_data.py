@@ -196,8 +196,7 @@ def _lacks(subject: Subject, tower: str, *, compared: bool) -> Absent | None:
     """Why a part of a tower is not measured; `compared`: with the tower in floating point."""
     if subject.model is None:
         return Absent(why="an artifact of one graph takes no --model and no --train-data")
-    known = subject.folder is not None or bool(subject.batches)
-    if compared and tower not in (subject.quantized if known else subject.chosen):
+    if compared and tower not in subject.chosen:
         return _NOT_QUANTIZED
     floating = ("--model",) if compared and not subject.floating else ()
     if subject.batches and not subject.measured(tower):
