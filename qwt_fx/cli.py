@@ -7,6 +7,7 @@ failed; 130 / 143 on SIGINT / SIGTERM.
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import logging
 import os
@@ -60,22 +61,50 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = build_parser()
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:  # the command's own usage, not the program's
+        args.parser.error(_unrecognized(args.parser, words, unknown))
     if getattr(args, "config", None) is not None:
         # The file's settings go first, so that the flags on the line win.
         settings = config_arguments(args.parser, Path(args.config))
         begin = words.index(args.command) + 1
         args = parser.parse_args(words[:begin] + settings + words[begin:])
-    _refuse_dashes(parser, args)
+    _refuse_dashes(args)
     return args
 
 
-def _refuse_dashes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _unrecognized(
+    parser: argparse.ArgumentParser, words: Sequence[str], unknown: Sequence[str]
+) -> str:
+    """The message for words that a command does not take: what was meant, where that can be told."""
+    message = f"unrecognized arguments: {' '.join(unknown)}"
+    flags = {option: a for a in parser._actions for option in a.option_strings}
+    first = unknown[0]
+    if first.startswith("-"):
+        name = first.partition("=")[0]
+        close = difflib.get_close_matches(name, flags, n=2, cutoff=0.7)
+        return message + (f"; did you mean {' or '.join(close)}?" if close else "")
+    at = words.index(first)
+    flag = next((word for word in reversed(words[:at]) if word in flags), None)
+    if flag is None:
+        return message
+    values = [*words[words.index(flag) + 1 : at], *unknown]
+    joined = next((s for s in (",", ";", "::") if s in str(flags[flag].metavar)), None)
+    if flags[flag].metavar == "SPEC":
+        joined = "::"
+    if joined is None:
+        return f"{message}; {flag} takes one value, in quotes where it has spaces"
+    given = joined.join(word.strip(joined) for word in values if not word.startswith("-"))
+    quoted = f"'{given}'" if joined == ";" else given
+    return f"{message}; several values are joined by {joined!r}: {flag} {quoted}"
+
+
+def _refuse_dashes(args: argparse.Namespace) -> None:
     """argparse drops a value of "--" and leaves an empty list in its place."""
     for name, value in vars(args).items():
         repeated = isinstance(value, list) and args.parser.get_default(name) == []
         if (value == [] and not repeated) or (repeated and [] in value):
-            parser.error(f"argument --{name.replace('_', '-')}: got '--', wanted a value")
+            args.parser.error(f"argument --{name.replace('_', '-')}: got '--', wanted a value")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

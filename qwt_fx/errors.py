@@ -5,6 +5,8 @@ A message says what went wrong, where, the value got, the value wanted, and the 
 
 from __future__ import annotations
 
+import re
+
 
 class QwtError(Exception):
     """Base of every error that qwt-fx raises on purpose; the CLI exits with code 2."""
@@ -64,5 +66,5 @@ class RankError(QwtError):
 
 def first_line(error: BaseException) -> str:
     """An error of another library, for use inside a message of one line."""
-    lines = str(error).strip().splitlines()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -133,9 +133,10 @@ def load(
         name: an open_clip name (OpenAI's spelling `ViT-B/32` works), `hf-hub:ORG/REPO`,
             `local-dir:DIR`, the path of an open_clip model configuration (`.json`), or an artifact
             directory.
-        pretrained: an open_clip tag, or a checkpoint file: OpenAI's TorchScript archive, an
-            open_clip training checkpoint, a bare state dict, or safetensors. Weights of OpenAI
-            run with QuickGELU, whatever the configuration says.
+        pretrained: an open_clip tag, or a checkpoint: OpenAI's TorchScript archive, a training
+            checkpoint or bare state dict of open_clip or transformers, safetensors, the index of
+            its shards, or a folder with one of these. Weights of OpenAI run with QuickGELU,
+            whatever the configuration says.
         device: where to put the towers.
         precision: "fp32", "bf16" or "fp16": what the towers compute in. Inputs and outputs are
             float32 all the same. An artifact keeps its own.
@@ -165,6 +166,7 @@ def load(
     checkpoint = None
     if source.weights is not None:
         checkpoint = read_checkpoint(source.weights, allow_torchscript=allow_torchscript)
+        overrides = overrides.over(checkpoint.preprocess)
     told: dict[str, object] = {}
     if checkpoint is not None and source.untold is not None:
         told = of_file(source.untold, openai=checkpoint.openai, overrides=overrides)

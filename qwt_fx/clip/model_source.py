@@ -17,22 +17,13 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
 from qwt_fx.artifact.json_values import JsonObject
+from qwt_fx.clip.checkpoint_files import WEIGHT_FILES
 from qwt_fx.clip.tags import unusual_flags
 from qwt_fx.errors import ModelError, first_line
 
 _REQUIRED = frozenset({"embed_dim", "vision_cfg", "text_cfg"})
 _HUB, _LOCAL = "hf-hub:", "local-dir:"
 _CONFIG_FILE = "open_clip_config.json"
-_WEIGHT_FILES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.pth",
-    "model.pth",
-)
 
 
 @dataclass(frozen=True)
@@ -104,13 +95,28 @@ def _source(
 def _unknown(name: str) -> str:
     known = open_clip.list_models()
     close = difflib.get_close_matches(name.replace("/", "-"), known, n=3, cutoff=0.5)
+    if Path(name).exists() or name.startswith(("/", ".", "~")) or ("/" in name and not close):
+        return _no_artifact(Path(name))
     hint = f"did you mean {' or '.join(close)}?" if close else f"{len(known)} names are known"
-    if Path(name).is_dir():
-        hint = "it is a directory, but no qwt-fx artifact"
     return (
         f"unknown model {name!r}: {hint} (wanted an open_clip name, hf-hub:..., local-dir:..., "
         "a config .json or an artifact)"
     )
+
+
+def _no_artifact(path: Path) -> str:
+    """What a path is that was given for a model, and how its like is given."""
+    wanted = "wanted an artifact of qwt-fx, or open_clip's name of a model or its config .json"
+    if not path.exists():
+        return f"{path}: no such file or folder; {wanted}"
+    if path.is_file():
+        return f"{path}: a file; {wanted}, and weights as --pretrained {path}"
+    names = {entry.name for entry in path.iterdir()}
+    if _CONFIG_FILE in names:
+        return f"{path}: a model folder of open_clip: give it as local-dir:{path}"
+    if names & {"config.json", "adapter_config.json", *WEIGHT_FILES}:
+        return f"{path}: a folder of weights; {wanted}, and this folder as --pretrained {path}"
+    return f"{path}: a folder, but no artifact of qwt-fx (no artifact.json in it); {wanted}"
 
 
 def _from_registry(name: str, pretrained: str | None, allow_random: bool) -> ModelSource:
@@ -139,9 +145,10 @@ def _local_weights(name: str, pretrained: str | None, allow_random: bool) -> Pat
             f"random{_tags_hint(name)})"
         )
     path = Path(pretrained)
-    if not path.is_file():
-        kind = "a directory" if path.is_dir() else "no such file"
-        raise ModelError(f"weights {pretrained!r} of {name}: {kind}, and no tag{_tags_hint(name)}")
+    if not path.exists():
+        raise ModelError(
+            f"weights {pretrained!r} of {name}: no such file or folder, and no tag{_tags_hint(name)}"
+        )
     return path
 
 
@@ -152,10 +159,15 @@ def _tags_hint(name: str) -> str:
 
 def _from_folder(name: str, allow_random: bool) -> ModelSource:
     folder = Path(name[len(_LOCAL) :])
+    if (folder / "config.json").is_file() and not (folder / _CONFIG_FILE).is_file():
+        raise ModelError(
+            f"{name}: a folder of transformers, without open_clip's {_CONFIG_FILE}: give the model's "
+            f"open_clip name as --model, and --pretrained {folder}"
+        )
     config, preprocess = _read_config(folder / _CONFIG_FILE)
-    files = [folder / file for file in _WEIGHT_FILES if (folder / file).is_file()]
+    files = [folder / file for file in WEIGHT_FILES if (folder / file).is_file()]
     if not files and not allow_random:
-        raise ModelError(f"{name}: no weights; wanted one of {', '.join(_WEIGHT_FILES)}")
+        raise ModelError(f"{name}: no weights; wanted one of {', '.join(WEIGHT_FILES)}")
     weights = files[0] if files else None
     return _source(folder.name, config, preprocess, weights, tokenizer_folder=str(folder))
 

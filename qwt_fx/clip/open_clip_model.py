@@ -21,11 +21,14 @@ _log = logging.getLogger(__name__)
 def open_clip_model(source: ModelSource, checkpoint: Checkpoint | None) -> nn.Module:
     """The open_clip model of a source, float32 on the CPU; sets `quick_gelu` in its config."""
     quick_gelu = source.quick_gelu or (checkpoint is not None and checkpoint.openai)
-    if not quick_gelu and source.untold is not None and not source.config.get("quick_gelu"):
+    told = None if checkpoint is None else checkpoint.quick_gelu
+    if told is not None:
+        quick_gelu = source.config["quick_gelu"] = told
+    elif not quick_gelu and source.untold is not None and not source.config.get("quick_gelu"):
         quick_gelu, note = quick_gelu_of_file(source.untold)
         if note is not None:
             _log.warning("%s", note)
-    if quick_gelu:
+    if quick_gelu and told is None:
         if not source.config.get("quick_gelu"):
             _log.warning(
                 "%s: these weights were trained with QuickGELU; using it instead of GELU",

@@ -56,6 +56,10 @@ class PreprocessOverrides:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
+    def over(self, known: Mapping[str, Any]) -> PreprocessOverrides:
+        """These, and `known` for the fields that are not given."""
+        return PreprocessOverrides(**(dict(known) | self.given()))
+
 
 def flag(field: str) -> str:
     """The command line's flag for a field of the preprocessing."""

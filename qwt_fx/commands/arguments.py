@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from contextlib import suppress
 
 from qwt_fx.batches.value_store import parse_size
 from qwt_fx.clip.preprocessing import INTERPOLATIONS, RESIZE_MODES
@@ -16,9 +18,24 @@ DEFAULT_SAMPLES = 512
 MAX_THREADS = 1024
 
 
+def whole(text: str) -> int:
+    """A whole number."""
+    with suppress(ValueError):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number")
+
+
+def number(text: str) -> float:
+    """A number that is finite."""
+    with suppress(ValueError):
+        if math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number")
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at least 1")
     return value
@@ -34,7 +51,7 @@ def threads(text: str) -> int:
 
 def natural(text: str) -> int:
     """A whole number of at least 0."""
-    value = int(text)
+    value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"got {value}, wanted at least 0")
     return value
@@ -50,7 +67,7 @@ def size(text: str) -> int:
 
 def bits(text: str) -> int:
     """A bit width: 2..8, or 16 / 32 for not quantized."""
-    value = int(text)
+    value = whole(text)
     if not quant.MIN_BITS <= value <= quant.MAX_BITS and value not in quant.FLOAT_BITS:
         raise argparse.ArgumentTypeError(f"got {value}, wanted 2..8 (16 or 32 = not quantized)")
     return value
@@ -109,7 +126,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The MODEL flags."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME|FILE.json", help="open_clip name or config JSON")
-    group.add_argument("--pretrained", metavar="TAG|FILE", help="open_clip tag or checkpoint file")
+    group.add_argument(
+        "--pretrained",
+        metavar="TAG|FILE",
+        help="open_clip tag, checkpoint file, or folder of shards",
+    )
     group.add_argument(
         "--allow-torchscript",
         action="store_true",
@@ -117,7 +138,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("mean", "std"):
         group.add_argument(
-            f"--image-{name}", nargs=3, type=float, metavar=("R", "G", "B"),
+            f"--image-{name}", nargs=3, type=number, metavar=("R", "G", "B"),
             help="of pixels in [0, 1], instead of the model's own",
         )  # fmt: skip
     group.add_argument("--resize-mode", choices=RESIZE_MODES, help="instead of the model's own")
@@ -143,6 +164,22 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=positive, default=128, metavar="B")
     group.add_argument("--workers", type=natural, default=0, metavar="N")
     group.add_argument("--seed", type=natural, default=1)
+
+
+def add_sample_keys(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what a sample of --train-data and --retrieval-data is."""
+    group = parser.add_argument_group("extensions of samples in shards, or columns of a csv file")
+    group.add_argument(
+        "--image-key",
+        metavar="EXT[;EXT]",
+        help="of images, the first that is there (default jpg;jpeg;png;webp; csv: filepath)",
+    )
+    group.add_argument(
+        "--caption-key",
+        metavar="EXT[;EXT]",
+        help="of captions, json:KEY for a key of a JSON file (default txt;json:caption; csv: title). An "
+        "extension is all that follows the first dot of a name, as in webdataset",
+    )
 
 
 def add_quant(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +212,7 @@ def add_quant(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--exceptions",
-        type=float,
+        type=number,
         default=0.0,
         metavar="SHARE",
         help="8 bits for the most sensitive layers until weights are this share larger (default 0)",

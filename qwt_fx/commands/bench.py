@@ -15,6 +15,7 @@ from qwt_fx.backends.runtimes import INTEGER, Prepared, Source, runtime_for
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import TOWERS, ClipModel
 from qwt_fx.commands.arguments import add_common, add_model, positive
+from qwt_fx.commands.inputs import check_flags, load_model, require_same_inputs
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.errors import ConfigError
 from qwt_fx.inspect.report import SCHEMA, peak_rss_bytes
@@ -58,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sizes(text: str) -> list[int]:
-    return [positive(word) for word in text.split(",")]
+    try:
+        return [positive(word) for word in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        reason = f"{error}; sizes are joined by commas, such as 1,16"
+        raise argparse.ArgumentTypeError(reason) from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,10 +73,14 @@ def run(args: argparse.Namespace) -> None:
         runtime_for(name)  # an unknown one is found before any work
     if args.device not in ("auto", "cpu"):
         raise ConfigError(f"--device: got {args.device!r}; runtimes choose theirs, leave it out")
+    check_flags(args)
     screen = Screen(args.quiet)
     artifact = read_artifact(Path(args.artifact))
     model = clip.from_artifact(artifact)
-    floating = None if args.model is None else clip.load(args.model, args.pretrained)
+    args.device, args.precision = "cpu", "fp32"  # what the floating-point runtimes are named for
+    floating = None if args.model is None else load_model(args)
+    if floating is not None:
+        require_same_inputs(model, floating)
     towers = TOWERS if args.tower == "both" else (args.tower,)
     prepared = {tower: _prepare(tower, names, artifact, model, floating) for tower in towers}
     for name in (n for n in names if n in INTEGER):

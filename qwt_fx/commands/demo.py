@@ -18,8 +18,9 @@ from qwt_fx.clip.clip import ClipModel
 from qwt_fx.commands.arguments import add_common, natural
 from qwt_fx.commands.classification import Evaluation, metrics_of
 from qwt_fx.commands.quantize.pipeline import QuantizedClip, capture_towers, quantize_towers
-from qwt_fx.commands.quantize.quantize import calibration_entry, fp32_bytes, save_clip
+from qwt_fx.commands.quantize.quantize import calibration_entry, save_clip
 from qwt_fx.commands.screen import Screen, decibels, megabytes, percent
+from qwt_fx.commands.sizes import fp32_bytes
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.classes import resolve
 from qwt_fx.data.data import CalibrationData, load_calibration

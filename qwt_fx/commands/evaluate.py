@@ -16,14 +16,23 @@ from qwt_fx.artifact.output import PARTIAL_SUFFIX, REPORT, write_text_atomic
 from qwt_fx.batches import ranks
 from qwt_fx.checkpoint.feature_store import FeatureStore
 from qwt_fx.clip import clip
-from qwt_fx.clip.clip import TOWERS
-from qwt_fx.commands.arguments import add_common, add_eval, add_model, natural, positive
+from qwt_fx.clip.clip import TOWERS, ClipModel
+from qwt_fx.commands.arguments import (
+    add_common,
+    add_eval,
+    add_model,
+    add_sample_keys,
+    natural,
+    positive,
+)
 from qwt_fx.commands.classification import Evaluation, metrics_of
 from qwt_fx.commands.inputs import (
+    check_flags,
     device_of,
     load_model,
     open_evaluation,
     open_retrieval,
+    require_same_inputs,
     show_preprocessing,
 )
 from qwt_fx.commands.results import (
@@ -36,6 +45,7 @@ from qwt_fx.commands.results import (
 )
 from qwt_fx.commands.retrieval import Retrieval, with_retrieval
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.sizes import artifact_size, fp32_bytes
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.errors import ConfigError
 from qwt_fx.evaluate.classifier import FLOATING_CLASSIFIER, ClassifierQuantizer
@@ -55,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifact", metavar="DIR", help="what quantize wrote")
     add_model(parser)
     add_eval(parser)
+    add_sample_keys(parser)
     parser.add_argument("--backend", default="eager", help="eager (default), x86 or cuda")
     parser.add_argument("--report", metavar="FILE", help="write report.json here")
     parser.add_argument(
@@ -71,6 +82,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.artifact is None and args.model is None:
         raise ConfigError("--artifact DIR or --model NAME is needed")
+    check_flags(args)
     require_data(args)
     require_target(args, args.report, "--report FILE")
     target = None if args.report is None else Path(args.report)
@@ -91,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
 def run_floating(args: argparse.Namespace) -> None:
     """`quantize --choice fp32_eval`: the floating-point model alone; a report, no artifact."""
     args.artifact, args.backend = None, "eager"
+    check_flags(args, "model")
     require_data(args)
     require_target(args, args.output, "--output DIR")
     target = None if args.output is None else Path(args.output) / REPORT
@@ -116,9 +129,11 @@ def _evaluate(
         # x86 means the CPU, also where a GPU is.
         on_cpu = args.backend == "x86" and args.device == "auto"
         loaded = clip.from_artifact(artifact, device="cpu" if on_cpu else device_of(args))
+    if floating is not None and loaded is not None:
+        require_same_inputs(loaded, floating)
     model = floating or loaded  # gives the transform and the tokenizer
     if model is None:  # run() checked; fp32_eval needs --model
-        raise ConfigError("--model is needed: an open_clip name or a config JSON")
+        raise ConfigError("--artifact DIR or --model NAME is needed")
     show_preprocessing(model, screen)
     evaluation = open_evaluation(args, model, screen, store)
     retrieval = open_retrieval(args, model, store)
@@ -131,6 +146,8 @@ def _evaluate(
         lowered = {t: api.lower(artifact.towers[t], args.backend).to(loaded.device) for t in TOWERS}
         sides["quantized"] = dict(lowered)
         kernels = {t: api.kernel_audit(lowered[t]) for t in towers}
+        if args.backend == "cuda" and loaded.device == "cpu":
+            screen.note("--backend cuda on the CPU: the same integers, slowly")
         if args.backend != "eager":
             every = [kernel for audit in kernels.values() for kernel in audit]
             refuse_if_float(every, f"backend {args.backend}")
@@ -143,10 +160,24 @@ def _evaluate(
         model=model.name,
         pretrained=model.pretrained,
         metrics=metrics,
+        size=_size(args, artifact, towers, floating),
         seconds={"evaluate": elapsed, "total": elapsed},
         processes={"count": ranks.current().world, "wire_bytes": ranks.current().wire_bytes},
         run=identity,
     )
+
+
+def _size(
+    args: argparse.Namespace,
+    artifact: Artifact | None,
+    towers: tuple[str, ...],
+    floating: ClipModel | None,
+) -> JsonObject:
+    if artifact is not None:
+        return artifact_size(Path(args.artifact), artifact, towers, floating)
+    return {
+        "fp32_bytes": None if floating is None else sum(fp32_bytes(floating, t) for t in TOWERS)
+    }
 
 
 def _metrics(

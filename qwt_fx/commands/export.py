@@ -15,8 +15,8 @@ from qwt_fx.backends.onnx.layout import int8_changes_weights
 from qwt_fx.backends.onnx.onnx_runtime import audit
 from qwt_fx.clip import clip
 from qwt_fx.clip.clip import TOWERS, ClipModel
-from qwt_fx.commands.arguments import add_calibration, add_common, add_model
-from qwt_fx.commands.inputs import load_batches, load_model
+from qwt_fx.commands.arguments import add_calibration, add_common, add_model, add_sample_keys
+from qwt_fx.commands.inputs import check_flags, load_batches, load_model, require_same_inputs
 from qwt_fx.commands.screen import Screen, megabytes
 from qwt_fx.commands.verify import Pairs, noise_batches, verify
 from qwt_fx.errors import ConfigError, MissingExtraError
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare with the artifact")
     add_model(parser)
     add_calibration(parser)
+    add_sample_keys(parser)
     add_common(parser)
 
 
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     check_format(args.format, args.pack)
     if not args.verify and (args.train_data is not None or args.model is not None):
         raise ConfigError("--train-data and --model are for --verify: give it, or leave them out")
+    check_flags(args)
     screen = Screen(args.quiet)
     artifact = read_artifact(Path(args.artifact))
     model = clip.from_artifact(artifact)
@@ -181,5 +183,6 @@ def _verify(
     else:
         args.device = "cpu"
         floating = load_model(args)
+        require_same_inputs(model, floating)
     files = {tower: folder / f"{tower}{SUFFIXES[args.format]}" for tower in towers}
     verify(model, floating, files, args.format, batches, screen, args.threads)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from qwt_fx.artifact.artifact_index import INDEX
 from qwt_fx.batches import ranks
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.kept_batches import KeptBatches
@@ -23,6 +24,7 @@ from qwt_fx.data.classes import ClassPrompts, resolve
 from qwt_fx.data.data import CalibrationData, load_calibration
 from qwt_fx.data.imagefolder import open_validation
 from qwt_fx.data.retrieval_data import RetrievalReader
+from qwt_fx.data.sample_keys import SampleKeys
 from qwt_fx.errors import ConfigError
 
 
@@ -56,10 +58,47 @@ def _own_gpu(name: str) -> str:
     return f"cuda:{number}"
 
 
+_NEEDED = {
+    "model": "--model NAME (of open_clip, or a config JSON)",
+    "train_data": "--train-data SPEC (calibration shards, a folder or a csv file)",
+    "output": "--output DIR",
+}
+_OF_A_MODEL = (
+    "pretrained", "allow_torchscript", "image_mean", "image_std", "resize_mode", "interpolation",
+)  # fmt: skip
+_OF_IMAGENET = ("classnames", "templates", "class_map")
+
+
+def check_flags(args: argparse.Namespace, *needed: str) -> None:
+    """Raise `ConfigError` for flags that are missing, need others or contradict them.
+
+    Before anything is loaded: a model takes a minute. `needed`: names of flags that the command needs.
+    """
+    if missing := [_NEEDED[name] for name in needed if getattr(args, name) is None]:
+        listed = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
+        raise ConfigError(f"{listed} {'are' if len(missing) > 1 else 'is'} needed")
+    for names, owner in ((_OF_A_MODEL, "model"), (_OF_IMAGENET, "imagenet_val")):
+        for name in names:
+            if getattr(args, name, None) not in (None, False) and getattr(args, owner) is None:
+                raise ConfigError(f"{_flag(name)} is given, but {_flag(owner)} is not")
+    if hasattr(args, "iter"):
+        samples_of(args)
+    if hasattr(args, "image_key"):
+        SampleKeys.parse(args.image_key, args.caption_key)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def load_model(args: argparse.Namespace) -> ClipModel:
     """The model of `--model` and `--pretrained`, its images prepared as the flags say."""
-    if args.model is None:
-        raise ConfigError("--model is needed: an open_clip name or a config JSON")
+    check_flags(args, "model")
+    if (Path(args.model) / INDEX).is_file():
+        raise ConfigError(
+            f"--model {args.model}: an artifact, whose towers are quantized already: give it as "
+            "--artifact to eval, export, bench or inspect"
+        )
     return clip.load(
         args.model,
         args.pretrained,
@@ -70,6 +109,22 @@ def load_model(args: argparse.Namespace) -> ClipModel:
             args.image_mean, args.image_std, args.resize_mode, args.interpolation
         ),
     )
+
+
+def require_same_inputs(stored: ClipModel, floating: ClipModel) -> None:
+    """Raise `ConfigError` where the model beside an artifact reads other images or texts than it does.
+
+    Each would be given the other's inputs: an error of torch at best, figures of nothing at worst.
+    """
+    for what, there, here in (
+        ("images", describe(stored.preprocess), describe(floating.preprocess)),
+        ("texts", f"{stored.context_length} tokens", f"{floating.context_length} tokens"),
+    ):
+        if there != here:
+            raise ConfigError(
+                f"--model {floating.name} is not what the artifact was made of: it reads {what} of "
+                f"{here}, the artifact (of {stored.name}) of {there}; give the same --model and flags"
+            )
 
 
 def show_preprocessing(model: ClipModel, screen: Screen) -> None:
@@ -84,12 +139,14 @@ def deal_batches(
     extra_batches: int,
     prompts: ClassPrompts | None,
     store: ValueStore | None = None,
+    *,
+    captioned: bool = True,
 ) -> tuple[DistributedBatches, CalibrationData | None]:
     """As `load_batches`, read by the first rank: this rank's batches, and there all that was read."""
     among = ranks.current()
     data = None
     if among.first:
-        data = load_batches(args, model, screen, extra_batches, prompts, store)
+        data = load_batches(args, model, screen, extra_batches, prompts, store, captioned=captioned)
     sizes = among.from_first(lambda: [] if data is None else [len(b[0]) for b in data.batches])
     DistributedBatches([], sizes, among)  # enough for all, before they travel
     if data is not None and among.world == 1:
@@ -107,13 +164,15 @@ def load_batches(
     extra_batches: int,
     prompts: ClassPrompts | None,
     store: ValueStore | None = None,
+    *,
+    captioned: bool = True,
 ) -> CalibrationData:
     """Calibration pairs; `extra_batches` more than asked for (an off-by-one of the original).
 
-    `store` keeps them, by default memory.
+    `store` keeps them, by default memory. `captioned`: a sample without a caption is passed over.
     """
-    if args.train_data is None:
-        raise ConfigError("--train-data is needed: calibration shards, a folder or a csv file")
+    check_flags(args, "train_data")
+    keys = SampleKeys.parse(args.image_key, args.caption_key)
     with screen.phase("read calibration data") as update:
         data = load_calibration(
             args.train_data,
@@ -127,6 +186,7 @@ def load_batches(
             class_prompts=prompts,
             progress=update,
             store=store,
+            keys=keys if captioned else keys.without_captions(),
         )
     for note in data.notes:
         screen.note(note)
@@ -138,9 +198,6 @@ def open_evaluation(
 ) -> Evaluation | None:
     """The evaluation set of `--imagenet-val`; `None` when there is none."""
     if args.imagenet_val is None:
-        for flag in ("classnames", "templates", "class_map"):
-            if getattr(args, flag) is not None:
-                raise ConfigError(f"--{flag.replace('_', '-')} is given, but --imagenet-val is not")
         return None
     folder = open_validation(
         args.imagenet_val, model.transform, getattr(args, "batch_size", 128), args.workers
@@ -169,5 +226,6 @@ def open_retrieval(
         model.tokenizer,
         getattr(args, "batch_size", 128),
         args.workers,
+        SampleKeys.parse(args.image_key, args.caption_key),
     )
     return Retrieval(reader, model.device, store, ranks.current())

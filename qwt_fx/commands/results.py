@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,20 +11,22 @@ from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.artifact.output import REPORT, OutputDirectory, write_text_atomic
 from qwt_fx.batches import ranks
 from qwt_fx.commands.quantize.partial_run import PartialRun
-from qwt_fx.commands.quantize.run_identity import existing_report, run_identity
+from qwt_fx.commands.quantize.run_identity import existing_report, read_report, run_identity
 from qwt_fx.commands.screen import ACCURACY_HEADERS, Screen, accuracy_rows
 from qwt_fx.errors import ConfigError
 from qwt_fx.evaluate.clip_benchmark import RETRIEVAL, ZERO_SHOT, check_template, write_documents
 from qwt_fx.inspect.report import to_json
 
+DATA_FLAGS = (
+    "--imagenet-val DIR (class folders with images) or --retrieval-data SPEC (shards of image-caption "
+    "pairs)"
+)
+
 
 def require_data(args: argparse.Namespace) -> None:
     """Raise `ConfigError` where nothing is to be evaluated, or the template of names is wrong."""
     if args.imagenet_val is None and args.retrieval_data is None:
-        raise ConfigError(
-            "--imagenet-val DIR (class folders with images) or --retrieval-data SPEC (shards of "
-            "image-caption pairs) is needed"
-        )
+        raise ConfigError(f"{DATA_FLAGS} is needed")
     if args.clip_benchmark_json is not None:
         check_template(args.clip_benchmark_json)
 
@@ -60,6 +61,8 @@ def with_report(
     if args.clip_benchmark_json is not None:
         write_documents(args.clip_benchmark_json, report, _datasets(args))
     screen.table(accuracy_rows(report), ACCURACY_HEADERS)
+    if args.imagenet_val is None and args.retrieval_data is None:
+        screen.note(f"accuracy was not measured: give {DATA_FLAGS} to quantize or eval")
     return report
 
 
@@ -92,10 +95,10 @@ def say_what_is_replaced(target: Path, identity: JsonObject, screen: Screen) -> 
     if not (target / INDEX).is_file():
         return
     try:
-        report = json.loads((target / REPORT).read_text(encoding="utf-8"))
+        report = read_report(target / REPORT) or {}
         there, here = report["run"]["settings"], identity["settings"]
         differing = [key for key in there if there[key] != here.get(key)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         screen.note(f"--output {target}: replaces the artifact there when this run is complete")
         return
     made = ", ".join(f"{key} {there[key]}" for key in differing if key != "data")

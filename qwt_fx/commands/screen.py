@@ -78,23 +78,21 @@ def decibels(value: float | None) -> str:
 
 
 def accuracy_rows(report: JsonObject) -> list[list[str]]:
-    """Rows FP32 | quantized | delta of a report: accuracies, agreement, SQNR, size, seconds."""
+    """Rows FP32 | quantized | delta of what a report holds of accuracies, SQNR, size, seconds."""
     fp32, quantized = report["metrics"]["fp32"], report["metrics"]["quantized"]
-    shown = ["acc1", "acc5", "mean_per_class_recall"]
-    shown += [key for key in RECALLS if fp32[key] is not None or quantized[key] is not None]
+    shown = ["acc1", "acc5", "mean_per_class_recall", *RECALLS]
     rows = [_row(f"{key} (%)", fp32[key], quantized[key]) for key in shown]
-    if fp32["acc1_ci"] is not None or quantized["acc1_ci"] is not None:
-        rows.append(
-            [
-                "acc1 95 % interval (%)",
-                interval(fp32["acc1_ci"]),
-                interval(quantized["acc1_ci"]),
-                interval(quantized["acc1_drop_ci"], -1.0),
-            ]
-        )
+    rows.append(
+        [
+            "acc1 95 % interval (%)",
+            interval(fp32["acc1_ci"]),
+            interval(quantized["acc1_ci"]),
+            interval(quantized["acc1_drop_ci"], -1.0),
+        ]
+    )
     rows.append(["agreement (%)", "", percent(quantized["agreement"]), ""])
-    if (p := quantized["mcnemar"]["p"]) is not None:
-        rows.append(["McNemar p, FP32 against quantized", "", f"{p:.2g}", ""])
+    p = quantized["mcnemar"]["p"]
+    rows.append(["McNemar p, FP32 against quantized", "", "-" if p is None else f"{p:.2g}", ""])
     rows += _cross_rows(report["metrics"])
     for tower, value in quantized["embedding_sqnr_db"].items():
         rows.append([f"{tower} embedding SQNR (dB)", "", decibels(value), ""])
@@ -107,7 +105,8 @@ def accuracy_rows(report: JsonObject) -> list[list[str]]:
     )
     total = report["seconds"]["total"]
     rows.append(["seconds", "", "-" if total is None else f"{total:.1f}", ""])
-    return rows
+    # What was not measured has no row: dashes all along look like a result.
+    return [row for row in rows if set(row[1:]) - {"-", ""}]
 
 
 def _row(title: str, fp32: float | None, quantized: float | None) -> list[str]:

@@ -19,13 +19,14 @@ def decode_caption(data: bytes, extension: str) -> str:
 
     Args:
         data: UTF-8, byte-order mark tolerated.
-        extension: "txt", or "json" for an object whose "caption" is the text.
+        extension: "json:KEY" for an object whose KEY is the text; any other for text.
 
     Raises:
         DataError: not UTF-8, not such an object, or empty.
     """
     text = _decoded(data)
-    return check_caption(_from_json(text) if extension == "json" else text)
+    kind, _, key = extension.partition(":")
+    return check_caption(_from_json(text, key or "caption") if kind == "json" else text)
 
 
 def decode_captions(data: bytes, extension: str) -> tuple[str, ...]:
@@ -33,14 +34,15 @@ def decode_captions(data: bytes, extension: str) -> tuple[str, ...]:
 
     Args:
         data: UTF-8, byte-order mark tolerated.
-        extension: "txt": one caption a line, blank lines left out; "json": a list of texts, or an
-            object whose "captions" or "caption" is a list or one text.
+        extension: "json:KEY": a list of texts, or an object whose KEY (for "caption" also
+            "captions") is a list or one text; any other: one caption a line, blank lines left out.
 
     Raises:
         DataError: as `decode_caption`, or a list that holds something else or nothing.
     """
     text = _decoded(data)
-    lines = _list_from_json(text) if extension == "json" else _NEWLINE.split(text)
+    kind, _, key = extension.partition(":")
+    lines = _list_from_json(text, key or "caption") if kind == "json" else _NEWLINE.split(text)
     captions = tuple(check_caption(line) for line in lines if line.strip())
     if not captions:
         raise DataError("caption is empty")
@@ -73,21 +75,22 @@ def _json_value(text: str) -> object:
         raise DataError(f"caption is not JSON ({error})") from error
 
 
-def _list_from_json(text: str) -> list[str]:
-    """The texts of a JSON list, or of an object's "captions" or "caption"."""
+def _list_from_json(text: str, key: str) -> list[str]:
+    """The texts of a JSON list, or of an object's key; of "captions" before "caption"."""
     value = _json_value(text)
     if isinstance(value, dict):
-        value = value.get("captions", value.get("caption"))
+        value = value.get("captions", value.get(key)) if key == "caption" else value.get(key)
     texts: object = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
-        raise DataError('JSON is no list of texts, and has none under "captions" or "caption"')
+        named = '"captions" or "caption"' if key == "caption" else f'"{key}"'
+        raise DataError(f"JSON is no list of texts, and has none under {named}")
     return texts
 
 
-def _from_json(text: str) -> str:
-    """The "caption" of a JSON object."""
+def _from_json(text: str, key: str) -> str:
+    """The text under a key of a JSON object."""
     value = _json_value(text)
-    caption = value.get("caption") if isinstance(value, dict) else None
+    caption = value.get(key) if isinstance(value, dict) else None
     if not isinstance(caption, str):
-        raise DataError(f'JSON has no text under "caption" (got {type(caption).__name__})')
+        raise DataError(f'JSON has no text under "{key}" (got {type(caption).__name__})')
     return caption

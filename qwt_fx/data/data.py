@@ -18,6 +18,7 @@ from qwt_fx.batches.value_store import ValueStore
 from qwt_fx.data.classes import ClassPrompts, folder_caption
 from qwt_fx.data.decoding import Decoded, Transform, Undecodable, decode_in_order
 from qwt_fx.data.imagefolder import list_images, read_csv
+from qwt_fx.data.sample_keys import USUAL, SampleKeys
 from qwt_fx.data.samples import FilePair, PairSource, random_order
 from qwt_fx.data.shards import SampledShards, expand, sample_locations
 from qwt_fx.errors import ConfigError, DataError
@@ -41,6 +42,7 @@ class CalibrationData:
         shards_touched: shards drawn from; 0 unless webdataset.
         bytes_read: bytes of headers, indexes, images and captions read.
         notes: sentences that the user should read.
+        captioned: every pair has a caption; the texts of others are those of an empty one.
     """
 
     batches: Sequence[tuple[Tensor, Tensor]]
@@ -50,6 +52,7 @@ class CalibrationData:
     shards_touched: int
     bytes_read: int
     notes: list[str]
+    captioned: bool = True
 
 
 def load_calibration(
@@ -65,6 +68,7 @@ def load_calibration(
     class_prompts: ClassPrompts | None = None,
     progress: Progress | None = None,
     store: ValueStore | None = None,
+    keys: SampleKeys = USUAL,
 ) -> CalibrationData:
     """Draw, read, decode and tokenize `samples` pairs; the same for any number of `workers`.
 
@@ -82,6 +86,7 @@ def load_calibration(
             are the folder names as words.
         progress: called as progress(done, total) after each pair.
         store: keeps the batches; by default a list in memory.
+        keys: members of a shard's samples, or columns of a csv file; by default the usual ones.
 
     Raises:
         ConfigError: a number out of range or an unknown dataset type.
@@ -93,7 +98,7 @@ def load_calibration(
             raise ConfigError(f"{name}: got {value}, wanted at least {least}")
     # As many as may be bad before the share of bad ones is an error.
     spare = samples // 9 + 1
-    pairs = _draw(spec, dataset_type, samples, spare, seed, class_prompts)
+    pairs = _draw(spec, dataset_type, samples, spare, seed, class_prompts, keys)
     batches: list[tuple[Tensor, Tensor]] | KeptBatches
     batches = [] if store is None else KeptBatches(store)
     collected = _Collected(spec, samples, batch_size, tokenizer, progress, batches)
@@ -117,6 +122,7 @@ def load_calibration(
         shards_touched=shards.shards_touched if shards else 0,
         bytes_read=collected.bytes_read + (shards.bytes_read if shards else 0),
         notes=[*_shard_notes(shards), *collected.notes()],
+        captioned=collected.captioned,
     )
 
 
@@ -127,17 +133,23 @@ def _draw(
     spare: int,
     seed: int,
     class_prompts: ClassPrompts | None,
+    keys: SampleKeys,
 ) -> Iterator[PairSource]:
     """The pairs drawn, spare ones last."""
     if dataset_type == "webdataset":
-        return sample_locations(expand(spec), samples, seed, spare=spare)
+        return sample_locations(expand(spec), samples, seed, spare=spare, keys=keys)
     if dataset_type == "imagefolder":
+        if keys.image or keys.caption:
+            raise ConfigError(
+                "--image-key and --caption-key: name members of shards or columns of a csv file; an "
+                "imagefolder has neither, leave them out"
+            )
         images = list_images(spec)
         files = random_order(images.files, samples + spare, f"{seed}:images")
         captions = _captions(images.classes, class_prompts, spec, seed)
         return iter([FilePair(path, captions(label)) for path, label in files])
     if dataset_type == "csv":
-        return iter(random_order(read_csv(spec), samples + spare, f"{seed}:images"))
+        return iter(random_order(read_csv(spec, keys), samples + spare, f"{seed}:images"))
     raise ConfigError(f"dataset type: got {dataset_type!r}, wanted one of {DATASET_TYPES}")
 
 
@@ -167,8 +179,8 @@ def _shard_notes(shards: SampledShards | None) -> Iterator[str]:
         )
     if shards.incomplete:
         yield (
-            f"{shards.incomplete} samples of the shards drawn from were passed over: "
-            "they lack an image or a caption"
+            f"{shards.incomplete} samples of the shards drawn from were passed over: they lack an "
+            f"image{' or a caption' * shards.keys.captioned}{shards.hint}"
         )
 
 
@@ -187,6 +199,7 @@ class _Collected:
     shape: tuple[int, ...] = ()
     good: int = 0
     bytes_read: int = 0
+    captioned: bool = True
 
     @property
     def tried(self) -> int:
@@ -210,6 +223,7 @@ class _Collected:
             )
         self.pending.append(result)
         self.good += 1
+        self.captioned = self.captioned and bool(result.captions)
         if len(self.pending) == self.batch_size:
             self._flush()
         if self.progress is not None:

@@ -48,8 +48,8 @@ class Decoded:
 
     @property
     def caption(self) -> str:
-        """The first caption."""
-        return self.captions[0]
+        """The first caption; empty where there is none."""
+        return self.captions[0] if self.captions else ""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from qwt_fx.data.decoding import Pixels, Transform, Undecodable, decode_in_order
+from qwt_fx.data.sample_keys import USUAL, SampleKeys
 from qwt_fx.data.samples import FilePair
 from qwt_fx.errors import ConfigError, DataError
 
@@ -146,8 +147,10 @@ def open_validation(
 COLUMNS = ("filepath", "title")
 
 
-def read_csv(path: str) -> Iterator[FilePair]:
+def read_csv(path: str, keys: SampleKeys = USUAL) -> Iterator[FilePair]:
     """The pairs of the file, row by row; relative image paths start at the file's folder.
+
+    keys: the columns, by default `COLUMNS`.
 
     Raises:
         DataError: unreadable, not UTF-8, a column missing, a row without it, or no rows.
@@ -158,17 +161,18 @@ def read_csv(path: str) -> Iterator[FilePair]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t")
             columns = reader.fieldnames or []
-            if missing := [name for name in COLUMNS if name not in columns]:
-                raise DataError(
-                    f"{path}: no column {missing[0]!r} (got {', '.join(map(repr, columns))}); "
-                    "wanted tab-separated columns 'filepath' and 'title'"
-                )
+            image_column = _column(path, columns, keys.image or COLUMNS[:1], "--image-key")
+            title_column = None
+            if keys.captioned or set(columns) & {*keys.caption, COLUMNS[1]}:
+                names = keys.caption or COLUMNS[1:]
+                title_column = _column(path, columns, names, "--caption-key")
             for row in reader:
-                image, title = row["filepath"], row["title"]
-                if not image or title is None:
+                image = row[image_column]
+                title = None if title_column is None else row[title_column]
+                if not image or (title is None and title_column is not None):
                     raise DataError(
-                        f"{path}: line {reader.line_num} lacks a filepath or a title; "
-                        "wanted both, separated by a tab"
+                        f"{path}: line {reader.line_num} lacks a {image_column} or a "
+                        f"{title_column or COLUMNS[1]}; wanted both, separated by a tab"
                     )
                 rows += 1
                 yield FilePair(os.path.join(folder, image), title)
@@ -182,3 +186,14 @@ def read_csv(path: str) -> Iterator[FilePair]:
         raise DataError(f"{path}: line {reader.line_num}: not tab-separated ({error})") from error
     if rows == 0:
         raise DataError(f"{path}: no rows below the header, wanted at least one image")
+
+
+def _column(path: str, columns: Sequence[str], names: Sequence[str], flag: str) -> str:
+    """The first column of these names, in any case."""
+    for column in columns:
+        if column.lower() in map(str.lower, names):
+            return column
+    raise DataError(
+        f"{path}: no column {' or '.join(map(repr, names))} (got {', '.join(map(repr, columns))}); "
+        f"wanted tab-separated columns '{COLUMNS[0]}' and '{COLUMNS[1]}', or others named by {flag}"
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwt_fx.data.data import MAX_BAD_SHARE, Tokenizer
 from qwt_fx.data.decoding import Decoded, Transform, Undecodable, decode_in_order
+from qwt_fx.data.sample_keys import USUAL, SampleKeys
 from qwt_fx.data.samples import CaptionedSample, ScanCounts
 from qwt_fx.data.shards import expand, samples_in_order
 from qwt_fx.errors import ConfigError, DataError
@@ -53,6 +54,7 @@ class RetrievalReader:
         tokenizer: list of texts to (n, context) token ids.
         batch_size: images a batch.
         workers: decoding processes; 0 decodes in this one.
+        keys: which members of a sample are its image and its captions.
         tried, skipped: samples read and skipped so far; set before the walk to go on behind
             the first `tried` samples.
         messages: what is wrong with the first few skipped ones.
@@ -64,6 +66,7 @@ class RetrievalReader:
     tokenizer: Tokenizer
     batch_size: int
     workers: int = 0
+    keys: SampleKeys = USUAL
     tried: int = 0
     skipped: int = 0
     messages: list[str] = field(default_factory=list)
@@ -91,7 +94,7 @@ class RetrievalReader:
         same whoever reads the others. Nothing is counted: that is for `count` to do, batch by batch.
         """
         counts = ScanCounts()
-        places = map(CaptionedSample.of, samples_in_order(self.shards, counts))
+        places = map(CaptionedSample.of, samples_in_order(self.shards, counts, self.keys))
         rest = itertools.islice(places, self.tried, None)
         chosen = _slices(rest, self.batch_size, first, step)
         pending: list[Decoded | Undecodable] = []

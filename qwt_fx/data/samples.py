@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from qwt_fx.data.captions import check_caption, decode_caption, decode_captions
+from qwt_fx.data.sample_keys import SampleKeys, extension_of
 from qwt_fx.errors import DataError
 
 T = TypeVar("T")
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-CAPTION_EXTENSIONS = ("txt", "json")
 
 # A damaged header can claim any size; nothing a CLIP is calibrated on comes near these.
 MAX_IMAGE_BYTES = 256 << 20
@@ -32,11 +30,6 @@ class RawPair:
     image: bytes
     captions: tuple[str, ...]
     bytes_read: int
-
-    @property
-    def caption(self) -> str:
-        """The first caption."""
-        return self.captions[0]
 
 
 class PairSource(Protocol):
@@ -57,14 +50,15 @@ class SampleLocation:
     Attributes:
         shard: the tar's path or URL.
         key: member name up to its first dot, folders kept.
-        image, caption: (offset, bytes) in the tar, or the bytes where the shard was streamed.
-        caption_extension: "txt" or "json".
+        image, caption: (offset, bytes) in the tar, or the bytes where the shard was streamed; no
+            caption where none is needed.
+        caption_extension: such as "txt" or "json:caption".
     """
 
     shard: str
     key: str
     image: Stored
-    caption: Stored
+    caption: Stored | None
     caption_extension: str
 
     @property
@@ -75,12 +69,17 @@ class SampleLocation:
     def read(self) -> RawPair:
         """Read both members. Raises `OSError`, or `DataError` on damage or absurd sizes."""
         image, caption, read = self._members()
-        return RawPair(image, (decode_caption(caption, self.caption_extension),), read)
+        return RawPair(image, self._captions(caption), read)
 
-    def _members(self) -> tuple[bytes, bytes, int]:
+    def _captions(self, data: bytes | None) -> tuple[str, ...]:
+        return () if data is None else (decode_caption(data, self.caption_extension),)
+
+    def _members(self) -> tuple[bytes, bytes | None, int]:
         """Both members, and the bytes read for them."""
         image = _fetch(self.shard, self.image, "image", MAX_IMAGE_BYTES)
-        caption = _fetch(self.shard, self.caption, "caption", MAX_CAPTION_BYTES)
+        caption = None
+        if self.caption is not None:
+            caption = _fetch(self.shard, self.caption, "caption", MAX_CAPTION_BYTES)
         read = sum(span[1] for span in (self.image, self.caption) if isinstance(span, tuple))
         return image, caption, read
 
@@ -94,18 +93,16 @@ class CaptionedSample(SampleLocation):
         """The same place, read for all captions."""
         return cls(sample.shard, sample.key, sample.image, sample.caption, sample.caption_extension)
 
-    def read(self) -> RawPair:
-        """Read both members; raises as `SampleLocation.read`."""
-        image, caption, read = self._members()
-        return RawPair(image, decode_captions(caption, self.caption_extension), read)
+    def _captions(self, data: bytes | None) -> tuple[str, ...]:
+        return () if data is None else decode_captions(data, self.caption_extension)
 
 
 @dataclass(frozen=True)
 class FilePair:
-    """An image file and its caption."""
+    """An image file and its caption, if it has one."""
 
     path: str
-    caption: str
+    caption: str | None
 
     @property
     def where(self) -> str:
@@ -119,7 +116,8 @@ class FilePair:
             raise DataError(f"image of {size} bytes, wanted at most {MAX_IMAGE_BYTES}")
         with open(self.path, "rb") as file:
             data = file.read()
-        return RawPair(data, (check_caption(self.caption),), len(data))
+        captions = () if self.caption is None else (check_caption(self.caption),)
+        return RawPair(data, captions, len(data))
 
 
 @dataclass
@@ -145,14 +143,18 @@ def random_order(items: Iterable[T], keep: int, seed: str) -> list[T]:
 
 
 def complete_samples(
-    shard: str, groups: Iterator[tuple[str, Mapping[str, Stored]]], counts: ScanCounts
+    shard: str,
+    groups: Iterator[tuple[str, Mapping[str, Stored]]],
+    counts: ScanCounts,
+    keys: SampleKeys,
 ) -> Iterator[SampleLocation]:
-    """The groups that have an image and a caption, as locations.
+    """The groups that have an image and, where it is needed, a caption, as locations.
 
     Args:
         shard: the tar's path or URL.
         groups: (key, {extension: member}) in the order of the tar.
         counts: filled on the way.
+        keys: which members these are.
 
     Raises:
         DataError: at the end, when no group was complete; says what the shard holds instead.
@@ -160,34 +162,56 @@ def complete_samples(
     for key, files in groups:
         counts.groups += 1
         counts.extensions.update(files)
-        image = next((e for e in IMAGE_EXTENSIONS if e in files), None)
-        caption = next((e for e in CAPTION_EXTENSIONS if e in files), None)
+        image, caption = keys.image_in(files), keys.caption_in(files)
         counts.with_image += image is not None
         counts.with_caption += caption is not None
-        if image is not None and caption is not None:
+        if image is not None and (caption is not None or not keys.captioned):
             counts.complete += 1
-            yield SampleLocation(shard, key, files[image], files[caption], caption)
+            text = None if caption is None else files[extension_of(caption)]
+            yield SampleLocation(shard, key, files[image], text, caption or "")
     if counts.complete == 0:
-        raise DataError(_why_nothing(shard, counts))
+        raise DataError(_why_nothing(shard, counts, keys))
 
 
-def _why_nothing(shard: str, counts: ScanCounts) -> str:
-    """The message for a shard without a single image-caption pair."""
+def _why_nothing(shard: str, counts: ScanCounts, keys: SampleKeys) -> str:
+    """The message for a shard without a single sample of the kind wanted."""
     if counts.groups == 0:
         return f"{shard}: the tar is empty: it holds no files named KEY.EXTENSION"
     extensions = ", ".join(
         f".{e}" if e.isprintable() else repr(e) for e in sorted(counts.extensions)[:8]
     )
-    if counts.with_caption == 0:
-        lack, wanted = "a caption", '.txt (or .json with a "caption")'
-    elif counts.with_image == 0:
-        lack, wanted = "an image", ", ".join(f".{e}" for e in IMAGE_EXTENSIONS)
+    remedy = ""
+    if counts.with_image == 0:
+        lack, wanted = "an image", ", ".join(f".{e}" for e in keys.image_names)
+        remedy = "; name others with --image-key"
+    elif counts.with_caption == 0:
+        lack, wanted = "a caption", ", ".join(map(_member, keys.caption_names))
+        remedy = (
+            "; name others with --caption-key (json:KEY for a key of a JSON file), or quantize the "
+            "image tower alone, which needs none (--choice image_only)"
+        )
     else:
         lack, wanted = "both an image and a caption", "KEY.jpg and KEY.txt side by side"
     return (
         f"{shard}: none of its {counts.groups} samples has {lack}; found {extensions}, "
-        f"wanted {wanted}"
+        f"wanted {wanted}{dotted_names(counts) or remedy}"
     )
+
+
+def dotted_names(counts: ScanCounts) -> str:
+    """The rule by which names are split, where extensions with a dot show that it was not known."""
+    dotted = sorted(e for e in counts.extensions if "." in e and e.isprintable())
+    if not dotted:
+        return ""
+    return (
+        "; names are split at their first dot, as webdataset does, so that extensions here are such as "
+        f".{dotted[0]}: write keys without dots, or name it with --image-key or --caption-key"
+    )
+
+
+def _member(name: str) -> str:
+    extension, _, key = name.partition(":")
+    return f'.{extension} with "{key}"' if key else f".{extension}"
 
 
 def _fetch(shard: str, stored: Stored, what: str, limit: int) -> bytes:

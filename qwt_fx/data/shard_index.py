@@ -91,7 +91,7 @@ def check_headers(sample: SampleLocation, counts: ScanCounts) -> None:
     """
     with CountingFile(sample.shard, counts) as file:
         for span in (sample.image, sample.caption):
-            if isinstance(span, bytes):
+            if span is None or isinstance(span, bytes):
                 continue
             file.seek(span[0] - BLOCK)
             try:

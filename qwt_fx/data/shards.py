@@ -23,7 +23,14 @@ from collections.abc import Iterator, Sequence
 from webdataset.shardlists import expand_urls
 
 from qwt_fx.data import shard_index, stream_shard, tar_shard
-from qwt_fx.data.samples import SampleLocation, ScanCounts, complete_samples, random_order
+from qwt_fx.data.sample_keys import USUAL, SampleKeys
+from qwt_fx.data.samples import (
+    SampleLocation,
+    ScanCounts,
+    complete_samples,
+    dotted_names,
+    random_order,
+)
 from qwt_fx.data.stream_shard import is_remote, must_stream
 from qwt_fx.errors import ConfigError, DataError
 
@@ -59,9 +66,29 @@ def expand(spec: str) -> list[str]:
     missing = [s for s in shards if not is_remote(s) and not os.path.isfile(s)]
     if missing:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        if folder := next((s for s in missing if os.path.isdir(s)), None):
+            raise DataError(_not_shards(folder))
         hint = "; patterns with * are not expanded, use a brace range" if "*" in spec else ""
         raise DataError(f"{len(missing)} of {len(shards)} shards do not exist: {first}{hint}")
+    if table := next((s for s in shards if s.lower().endswith((".csv", ".tsv"))), None):
+        raise DataError(
+            f"{table}: a table, wanted shards (.tar); for a table give --dataset-type csv"
+        )
     return shards
+
+
+def _not_shards(folder: str) -> str:
+    """What a folder holds in the place of a shard, and how that is given."""
+    tars = sorted(name for name in os.listdir(folder) if ".tar" in name or name.endswith(".tgz"))
+    if tars:
+        return (
+            f"{folder}: a folder, wanted the shards in it by their names, such as "
+            f"{os.path.join(folder, tars[0])}: a brace range {{000..031}} names many, :: joins them"
+        )
+    return (
+        f"{folder}: a folder without shards, wanted .tar files; for class folders with images give "
+        "--dataset-type imagefolder"
+    )
 
 
 def _expanded(source: str) -> int:
@@ -73,7 +100,9 @@ def _expanded(source: str) -> int:
     return math.prod(sizes)
 
 
-def samples_in_order(shards: Sequence[str], counts: ScanCounts) -> Iterator[SampleLocation]:
+def samples_in_order(
+    shards: Sequence[str], counts: ScanCounts, keys: SampleKeys
+) -> Iterator[SampleLocation]:
     """Every sample of every shard once, in the order written: nothing is drawn.
 
     `counts` is filled on the way, over all shards. Raises `DataError` as `sample_locations` does.
@@ -81,7 +110,7 @@ def samples_in_order(shards: Sequence[str], counts: ScanCounts) -> Iterator[Samp
     for shard in shards:
         one = ScanCounts()
         indexed = not must_stream(shard) and os.path.exists(shard_index.index_path(shard))
-        for sample in _walk(shard, one):
+        for sample in _walk(shard, one, keys):
             if indexed:
                 shard_index.check_headers(sample, one)
             yield sample
@@ -90,17 +119,19 @@ def samples_in_order(shards: Sequence[str], counts: ScanCounts) -> Iterator[Samp
         counts.complete += one.complete
 
 
-def _walk(shard: str, counts: ScanCounts) -> Iterator[SampleLocation]:
+def _walk(shard: str, counts: ScanCounts, keys: SampleKeys) -> Iterator[SampleLocation]:
     """The samples of one shard, streamed, from its index or from its headers."""
     if must_stream(shard):
-        return complete_samples(shard, stream_shard.groups(shard, counts), counts)
+        return complete_samples(shard, stream_shard.groups(shard, counts, keys), counts, keys)
     if os.path.exists(shard_index.index_path(shard)):
-        return complete_samples(shard, shard_index.read_groups(shard, counts), counts)
-    return complete_samples(shard, tar_shard.groups(shard, counts), counts)
+        return complete_samples(shard, shard_index.read_groups(shard, counts), counts, keys)
+    return complete_samples(shard, tar_shard.groups(shard, counts), counts, keys)
 
 
-def sample_locations(shards: Sequence[str], n: int, seed: int, *, spare: int = 0) -> SampledShards:
-    """Draw `n` samples, and up to `spare` more, from all of `shards`.
+def sample_locations(
+    shards: Sequence[str], n: int, seed: int, *, spare: int = 0, keys: SampleKeys = USUAL
+) -> SampledShards:
+    """Draw `n` samples, and up to `spare` more, from all of `shards`; `keys` say what a sample is.
 
     Reproducible from `seed` and the list of shards. Nothing is read before iteration.
 
@@ -111,7 +142,7 @@ def sample_locations(shards: Sequence[str], n: int, seed: int, *, spare: int = 0
     """
     if n < 1 or spare < 0:
         raise ConfigError(f"n = {n}, spare = {spare}: wanted n >= 1 and spare >= 0")
-    return SampledShards(shards, n, seed, spare)
+    return SampledShards(shards, n, seed, spare, keys)
 
 
 class SampledShards(Iterator[SampleLocation]):
@@ -123,12 +154,15 @@ class SampledShards(Iterator[SampleLocation]):
         streamed: how many of `shards_available` can only be streamed.
         bytes_read: of headers, indexes and streams; not of the members read later.
         incomplete: groups of files met that lack an image or a caption.
+        hint: how names are split, where some of these show that it was not known.
         drawn: samples handed out so far, spare ones included.
         shortfall: by how many all shards together fall short of `n`; 0 until that is known.
     """
 
-    def __init__(self, shards: Sequence[str], n: int, seed: int, spare: int) -> None:
-        self._n, self._spare, self._seed = n, spare, seed
+    def __init__(
+        self, shards: Sequence[str], n: int, seed: int, spare: int, keys: SampleKeys
+    ) -> None:
+        self._n, self._spare, self._seed, self.keys = n, spare, seed, keys
         unique = list(dict.fromkeys(shards))
         if not unique:
             raise DataError("no shards to draw samples from")
@@ -136,6 +170,7 @@ class SampledShards(Iterator[SampleLocation]):
         self.shards_touched = 0
         self.bytes_read = 0
         self.incomplete = 0
+        self.hint = ""
         self.drawn = 0
         self.shortfall = 0
         self._active, self._held = self._weigh(unique)
@@ -201,9 +236,10 @@ class SampledShards(Iterator[SampleLocation]):
         if shard.total is None or len(shard.kept) <= shard.taken < shard.total:
             counts = ScanCounts()
             first = shard.total is None
-            shard.walk(max(expected, 2 * shard.taken), counts)
+            shard.walk(max(expected, 2 * shard.taken), counts, self.keys)
             self.bytes_read += counts.bytes_read
             self.incomplete += counts.groups - counts.complete if first else 0
+            self.hint = self.hint or dotted_names(counts)
         if shard.taken >= len(shard.kept):
             return None
         sample = shard.kept[shard.taken]
@@ -230,9 +266,9 @@ class _Shard:
         self.taken = 0
         self.total: int | None = None
 
-    def walk(self, keep: int, counts: ScanCounts) -> None:
+    def walk(self, keep: int, counts: ScanCounts, keys: SampleKeys) -> None:
         """Find the first `keep` samples of the shard's random order; sets `kept` and `total`."""
-        self.kept = random_order(_walk(self.path, counts), keep, self.seed)
+        self.kept = random_order(_walk(self.path, counts, keys), keep, self.seed)
         self.total = counts.complete
 
 

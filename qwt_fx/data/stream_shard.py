@@ -16,19 +16,21 @@ import select
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, cast
 
 from webdataset.gopen import Pipe, gopen
 
-from qwt_fx.data.samples import (
-    CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    MAX_CAPTION_BYTES,
-    MAX_IMAGE_BYTES,
-    ScanCounts,
+from qwt_fx.data.sample_keys import USUAL, SampleKeys, extension_of
+from qwt_fx.data.samples import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, ScanCounts
+from qwt_fx.data.tar_shard import (
+    BLOCK,
+    HEADER_ERRORS,
+    MAGIC,
+    check_end_block,
+    group_members,
+    split_member,
 )
-from qwt_fx.data.tar_shard import BLOCK, HEADER_ERRORS, MAGIC, check_end_block, group_members
 from qwt_fx.errors import DataError
 
 # A command or download that sends nothing for so long is taken for dead.
@@ -37,9 +39,6 @@ STALL_SECONDS = 300.0
 # At least two letters, so that a Windows drive is no scheme.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|gz|bz2|xz|zst)$", re.IGNORECASE)
-_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | dict.fromkeys(
-    CAPTION_EXTENSIONS, MAX_CAPTION_BYTES
-)
 
 
 def is_remote(shard: str) -> bool:
@@ -52,15 +51,19 @@ def must_stream(shard: str) -> bool:
     return is_remote(shard) or _COMPRESSED.search(shard) is not None
 
 
-def groups(shard: str, counts: ScanCounts) -> Iterator[tuple[str, dict[str, bytes]]]:
+def groups(
+    shard: str, counts: ScanCounts, keys: SampleKeys = USUAL
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {extension: contents}) of the samples of `shard`, in its order.
 
-    Contents of anything but images and captions are left out (empty).
+    Contents of anything but the images and captions of `keys` are left out (empty).
 
     Raises:
         DataError: the source cannot be opened, is no tar, is cut off, or its command failed.
     """
-    return group_members(shard, _members(shard, counts))
+    limits = dict.fromkeys(map(extension_of, keys.caption_names), MAX_CAPTION_BYTES)
+    limits |= dict.fromkeys(keys.image_names, MAX_IMAGE_BYTES)
+    return group_members(shard, _members(shard, counts, limits))
 
 
 class _Counted(io.RawIOBase):
@@ -132,7 +135,9 @@ class _Tail:
         return kept[start : start + BLOCK]
 
 
-def _members(shard: str, counts: ScanCounts) -> Iterator[tuple[str, int, bytes]]:
+def _members(
+    shard: str, counts: ScanCounts, limits: Mapping[str, int]
+) -> Iterator[tuple[str, int, bytes]]:
     """(name, offset of the data, contents) of every regular file of the stream."""
     after = "at its start"
     source = None
@@ -145,7 +150,7 @@ def _members(shard: str, counts: ScanCounts) -> Iterator[tuple[str, int, bytes]]
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all headers
                 after = f"after member {member.name!r}"
                 if member.isreg():
-                    yield member.name, member.offset_data, _contents(tar, member)
+                    yield member.name, member.offset_data, _contents(tar, member, limits)
             check_end_block(shard, tail.block(tar.offset), tar.offset, tail.position, after)
         # A command that is not read to its end dies of a broken pipe and looks failed; at the
         # end its exit status is looked at.
@@ -175,8 +180,9 @@ def _decompressed(shard: str, stream: io.BufferedReader) -> BinaryIO:
     return stream
 
 
-def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo, limits: Mapping[str, int]) -> bytes:
     """The member's bytes if it can be part of a pair, cut just above what a pair may hold."""
-    limit = _LIMITS.get(member.name.rpartition(".")[2].lower())
+    split = split_member(member.name)
+    limit = None if split is None else limits.get(split[1])
     file = None if limit is None else tar.extractfile(member)
     return b"" if file is None or limit is None else file.read(limit + 1)

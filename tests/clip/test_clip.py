@@ -331,17 +331,19 @@ def test_unknown_models_come_with_close_matches() -> None:
 
 
 def test_a_directory_that_is_no_artifact_is_named_so(tmp_path: Path) -> None:
-    assert "it is a directory, but no qwt-fx artifact" in refusal(tmp_path)
+    assert "a folder, but no artifact of qwt-fx (no artifact.json in it)" in refusal(tmp_path)
 
 
 def test_missing_weights_are_named_with_the_models_tags(tmp_path: Path) -> None:
     message = refusal("ViT-B-32", "opena1")
     assert message.startswith(
-        "weights 'opena1' of ViT-B-32: no such file, and no tag; tags: openai,"
+        "weights 'opena1' of ViT-B-32: no such file or folder, and no tag; tags: openai,"
     )
     config = write_config(tmp_path / "small.json")
-    assert refusal(config, tmp_path / "no.pt").endswith("of small: no such file, and no tag")
-    assert refusal(config, tmp_path).endswith("of small: a directory, and no tag")
+    missing = refusal(config, tmp_path / "no.pt")
+    assert missing.endswith("of small: no such file or folder, and no tag")
+    (tmp_path / "folder").mkdir()
+    assert "a folder with no weights in it" in refusal(config, tmp_path / "folder")
 
 
 def test_a_tag_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

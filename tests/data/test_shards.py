@@ -276,7 +276,7 @@ def test_a_stream_draws_what_the_same_plain_shard_would(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", pairs(range(40)))
     streamed = list(sample_locations([f"pipe:cat '{path}'"], 12, 5))
     assert [sample.key for sample in streamed] == keys([path], 12, 5)
-    assert streamed[0].read().caption == f"number {int(streamed[0].key)}"
+    assert streamed[0].read().captions[0] == f"number {int(streamed[0].key)}"
 
 
 def test_of_many_streams_few_are_read_until_more_are_needed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qwt_fx.inspect.page.data import STAGES, ChannelRanges, PageData, TowerData
+from qwt_fx.inspect.page.data import STAGES, Absent, ChannelRanges, PageData, TowerData
 from qwt_fx.inspect.page.document import render
 from qwt_fx.inspect.page.svg import HEIGHT, WIDTH, number, ticks
 from qwt_fx.measure.layer_statistics import LevelHistogram
@@ -42,16 +42,16 @@ def _page(*, measured: bool = True, layers: int = 30) -> PageData:
     low = tuple(-w for w in width)
     ranges = [ChannelRanges(n, low, tuple(width), (-1.0,) * 768, (1.0,) * 768) for n in names[:5]]
     stages = {s: {b["name"]: 10.0 + k for b in blocks} for k, s in enumerate(STAGES)}
+    absent = Absent(("--train-data",))
     tower = TowerData(
         "image", [_row(names[0], 50.0), *(_row(n) for n in names[1:])], blocks, weights=weights,
-        stages=stages if measured else None, values=values if measured else None,
-        ranges=ranges if measured else None, latency={"FP32": 0.0123} if measured else None,
+        stages=stages if measured else absent, values=values if measured else absent,
+        ranges=ranges if measured else absent, latency={"FP32": 0.0123} if measured else absent,
         skips=[{"pass": "P", "node": "<script>x</script>", "reason": "a & b"}],
     )  # fmt: skip
-    needs = dict.fromkeys(("values", "stages", "ranges", "size", "latency"), "--train-data")
     return PageData(
-        "ViT <b>", "W4/A8", [tower], {"FP32": 4e6, "quantized": 1e6} if measured else {},
-        {"w_bits": 4}, "qwt-fx quantize --x '<y>'", 16 if measured else 0, "1 thread", needs,
+        "ViT <b>", "W4/A8", [tower], {"FP32": 4e6, "quantized": 1e6} if measured else absent,
+        {"w_bits": 4}, "qwt-fx quantize --x '<y>'", 16 if measured else 0, "1 thread",
     )  # fmt: skip
 
 

@@ -12,11 +12,13 @@ from qwt_fx.commands.arguments import (
     add_common,
     add_model,
     add_quant,
+    add_sample_keys,
 )
+from qwt_fx.commands.inputs import check_flags
 from qwt_fx.commands.inspect.inspect_data import Subject, gather, open_subject
 from qwt_fx.commands.screen import Screen
 from qwt_fx.errors import ConfigError
-from qwt_fx.inspect.page.data import STAGES, PageData, TowerData
+from qwt_fx.inspect.page.data import STAGES, Absent, PageData, TowerData
 from qwt_fx.inspect.page.document import render
 from qwt_fx.inspect.page.tables import LAYER_HEADERS, layer_cells
 
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifact", metavar="DIR", help="what quantize wrote")
     add_model(parser)
     add_calibration(parser)
+    add_sample_keys(parser)
     add_quant(parser)
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page here")
     parser.add_argument(
@@ -56,6 +59,9 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.artifact is None and args.model is None:
         raise ConfigError("--artifact DIR or --model is needed")
+    check_flags(args)
+    if args.artifact is not None:
+        _refuse_settings(args)
     if args.html is not None and Path(args.html).is_dir():
         raise ConfigError(f"--html {args.html}: it is a folder; name a file in it")
     screen = Screen(args.quiet)
@@ -68,6 +74,18 @@ def run(args: argparse.Namespace) -> None:
         _tell(screen, args.html, page)
 
 
+def _refuse_settings(args: argparse.Namespace) -> None:
+    """Raise `ConfigError` for settings of a quantization that was done when the artifact was made."""
+    settings = argparse.ArgumentParser()
+    add_quant(settings)
+    for name, value in vars(settings.parse_args([])).items():
+        if getattr(args, name) != value:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} says how a --model is quantized; {args.artifact} is "
+                "quantized already: leave it out"
+            )
+
+
 def _rows(subject: Subject, tower: TowerData, graph_order: bool) -> list[JsonObject]:
     if not graph_order:
         return tower.rows
@@ -76,21 +94,22 @@ def _rows(subject: Subject, tower: TowerData, graph_order: bool) -> list[JsonObj
 
 
 def _tell(screen: Screen, path: str, page: PageData) -> None:
-    lacking = sorted(set(page.needs.values())) if page.needs else []
-    screen.note(
-        f"wrote {path}" + (f"; for what it lacks give {'; '.join(lacking)}" * bool(lacking))
-    )
+    parts = [page.size, *(part for tower in page.towers for part in tower.absent)]
+    flags = dict.fromkeys(f for part in parts if isinstance(part, Absent) for f in part.flags)
+    lacking = f"; {' and '.join(sorted(flags))} would fill what it lacks" if flags else ""
+    screen.note(f"wrote {path}{lacking}")
 
 
 def _show(screen: Screen, tower: TowerData, rows: list[JsonObject]) -> None:
     headers = (f"{tower.name} {_WRAPPED[0]}", *_WRAPPED[1:])
     assert len(headers) == len(LAYER_HEADERS)  # one table, two places
     screen.table([layer_cells(row) for row in rows], headers)
-    stages = [stage for stage in STAGES if stage in (tower.stages or {})]
+    sqnr = {} if isinstance(tower.stages, Absent) else tower.stages
+    stages = [stage for stage in STAGES if stage in sqnr]
     blocks = [
         [
             row["name"],
-            *(_number((tower.stages or {})[stage].get(row["name"]), 1) for stage in stages),
+            *(_number(sqnr[stage].get(row["name"]), 1) for stage in stages),
             _number(row["r2"], 3),
             _number(row["r2_held_out"], 3),
             str(row["parameters"]),

@@ -23,12 +23,15 @@ from qwt_fx.commands.arguments import (
     add_eval,
     add_model,
     add_quant,
+    add_sample_keys,
+    number,
     quant_config,
     size,
     towers_of,
 )
 from qwt_fx.commands.classification import metrics_of
 from qwt_fx.commands.inputs import (
+    check_flags,
     deal_batches,
     load_model,
     open_evaluation,
@@ -47,6 +50,7 @@ from qwt_fx.commands.quantize.tower_checkpoints import TowerCheckpoints
 from qwt_fx.commands.results import in_output_directory, kept_report, with_report
 from qwt_fx.commands.retrieval import with_retrieval
 from qwt_fx.commands.screen import Screen
+from qwt_fx.commands.sizes import fp32_bytes
 from qwt_fx.config.config import QuantConfig
 from qwt_fx.data.classes import ClassPrompts
 from qwt_fx.data.data import CalibrationData
@@ -65,7 +69,7 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to its parser."""
-    for add in (add_model, add_calibration, add_quant, add_eval):
+    for add in (add_model, add_calibration, add_sample_keys, add_quant, add_eval):
         add(parser)
     parser.add_argument_group("memory").add_argument(
         "--memory-budget",
@@ -82,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument(
         "--max-drop",
-        type=float,
+        type=number,
         metavar="POINTS",
         help="exit with code 3 when top-1 drops by more percentage points",
     )
@@ -95,8 +99,7 @@ def run(args: argparse.Namespace) -> None:
     if not towers:
         evaluate_command.run_floating(args)
         return
-    if args.output is None:
-        raise ConfigError("--output DIR is needed")
+    check_flags(args, "model", "train_data", "output")
     if args.max_drop is not None and args.imagenet_val is None:
         raise ConfigError("--max-drop needs --imagenet-val")
     config = quant_config(args)
@@ -205,7 +208,9 @@ def _calibrate(
     files = None if folder is None else folder / ACTIVATIONS
     with ValueStore(args.memory_budget, files) as store:
         kept = None if args.memory_budget is None else store
-        batches, data = deal_batches(args, model, screen, extra, prompts, kept)
+        batches, data = deal_batches(
+            args, model, screen, extra, prompts, kept, captioned="text" in towers
+        )
         result = quantize_towers(model, graphs, batches, config, towers, screen, checkpoints, store)
         sqnr = None
         if args.imagenet_val is None and args.retrieval_data is None:
@@ -253,11 +258,6 @@ def save_clip(
     sizes = write_artifact(folder, result.towers, config=config.to_dict(), extra=extra)
     size["quantized_bytes"] = sum(sizes.towers[tower] for tower in result.quantized)
     return size
-
-
-def fp32_bytes(model: ClipModel, tower: str) -> int:
-    """Bytes of a tower's parameters and persistent buffers in float32."""
-    return sum(value.numel() * 4 for value in model.towers[tower].state_dict().values())
 
 
 def _check_drop(limit: float | None, report: JsonObject) -> None:

@@ -48,12 +48,21 @@ def run_identity(args: argparse.Namespace) -> dict[str, Any]:
 
 def existing_report(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """The report at `path` when it is one of this very run, else `None`."""
+    report = read_report(path)
+    try:
+        same = report is not None and report["run"]["digest"] == run["digest"]
+        return report if same and report is not None and report["schema"] == SCHEMA else None
+    except (KeyError, TypeError):
+        return None
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """A report of any run; `None` where there is none that can be read."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        same = report["run"]["digest"] == run["digest"] and report["schema"] == SCHEMA
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    return dict(report) if same else None
+    return report if isinstance(report, dict) else None
 
 
 def _data(args: argparse.Namespace) -> dict[str, str]:
@@ -61,8 +70,13 @@ def _data(args: argparse.Namespace) -> dict[str, str]:
     digests = {}
     for flag in _FILES:
         value = getattr(args, flag, None)
-        if value is not None and os.path.isfile(value):
-            digests[flag] = _digest([value])
+        path = None if value is None else str(value).removeprefix("local-dir:")
+        if path is not None and os.path.isdir(path):
+            digests[flag] = _digest(_below(path))
+        elif path is not None and path.endswith(".index.json") and os.path.isfile(path):
+            digests[flag] = _digest(_below(os.path.dirname(path) or "."))
+        elif path is not None and os.path.isfile(path):
+            digests[flag] = _digest([path])
     if (artifact := getattr(args, "artifact", None)) is not None:
         index = Path(artifact) / INDEX
         if index.is_file():

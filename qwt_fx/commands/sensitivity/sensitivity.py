@@ -15,11 +15,13 @@ from qwt_fx.commands.arguments import (
     add_common,
     add_model,
     add_quant,
+    add_sample_keys,
+    number,
     positive,
     quant_config,
     towers_of,
 )
-from qwt_fx.commands.inputs import load_batches, load_model
+from qwt_fx.commands.inputs import check_flags, load_batches, load_model
 from qwt_fx.commands.quantize.pipeline import capture_towers
 from qwt_fx.commands.quantize.run_identity import run_identity
 from qwt_fx.commands.results import say_if_nothing_to_resume
@@ -68,15 +70,17 @@ def size(text: str) -> tuple[float, bool]:
 
 def widths(text: str) -> list[int]:
     """`"4,6,8"` as bit widths in 2..8."""
-    values = [int(word) for word in text.split(",")]
-    if not all(2 <= width <= 8 for width in values):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted widths in 2..8 such as 4,6,8")
-    return values
+    words = [word.strip() for word in text.split(",")]
+    if not all(word in "2345678" and len(word) == 1 for word in words):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, wanted widths in 2..8 joined by commas such as 4,6,8"
+        )
+    return [int(word) for word in words]
 
 
 def points(text: str) -> float:
     """Percentage points in [0, 100)."""
-    value = float(text)
+    value = number(text)
     if not 0.0 <= value < 100.0:
         raise argparse.ArgumentTypeError(f"got {text}, wanted percentage points in [0, 100)")
     return value
@@ -84,7 +88,7 @@ def points(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags to its parser."""
-    for add in (add_model, add_calibration, add_quant):
+    for add in (add_model, add_calibration, add_sample_keys, add_quant):
         add(parser)
     group = parser.add_argument_group("search")
     budget = group.add_mutually_exclusive_group()
@@ -124,6 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    check_flags(args, "model", "train_data")
     config, screen = quant_config(args), Screen(args.quiet)
     _check(args, config)
     if args.calib_samples is None and args.iter is None:
@@ -165,10 +170,14 @@ def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitS
     searched = candidates(config, args.candidates, inputs)
     if not inputs and searched[WEIGHT]:
         raise ConfigError(
-            f"--max-act-bits {args.max_act_bits}: no candidate of {args.candidates} is that narrow"
+            f"--max-act-bits {args.max_act_bits}: no candidate of {_listed(args.candidates)} is that "
+            "narrow; add one, or give more"
         )
     if sum(len(w) > 1 for w in searched.values()) == 0:
-        raise ConfigError(f"--candidates {args.candidates}: there is nothing to choose from")
+        raise ConfigError(
+            f"--candidates {_listed(args.candidates)}: one width leaves nothing to choose, "
+            "wanted two or more such as 4,8"
+        )
     path = None if args.output is None else Path(f"{args.output}.partial")
     if path is not None:
         say_if_nothing_to_resume(args.resume, path, screen)
@@ -182,8 +191,8 @@ def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitS
     first = args.statistics_samples
     if len(images) <= first:
         raise ConfigError(
-            f"{len(images)} calibration pairs, {first} of which measure the layers: none is left to "
-            "judge; give more --calib-samples"
+            f"{len(images)} calibration pairs, {first} of which measure the layers "
+            "(--statistics-samples): none is left to judge; give fewer of these, or more --calib-samples"
         )
     return BitSearch(
         capture_towers(model, {}),
@@ -195,6 +204,10 @@ def _open(args: argparse.Namespace, config: QuantConfig, screen: Screen) -> BitS
         state,
         screen,
     )
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return ",".join(map(str, widths))
 
 
 def _search(

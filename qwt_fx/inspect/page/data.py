@@ -1,14 +1,30 @@
-"""What the page shows, gathered by the command; a part that is `None` says why it is missing."""
+"""What the page shows, gathered by the command; a part that was not measured is an `Absent`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from qwt_fx.artifact.json_values import JsonObject
 from qwt_fx.measure.layer_statistics import LevelHistogram
 
 # Series of the blocks' chart, in order.
 STAGES = ("before reparameterization", "after RepQ", "after QwT")
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Stands where a part of the page would: it was not measured.
+
+    flags: those that would measure it. why: where no flag would.
+    """
+
+    flags: tuple[str, ...] = ()
+    why: str = ""
+
+    @property
+    def text(self) -> str:
+        """What to do, or why nothing can be done: the end of a sentence."""
+        return self.why or f"give {' and '.join(self.flags)}"
 
 
 @dataclass(frozen=True)
@@ -37,23 +53,29 @@ class TowerData:
         name: "image", "text", or "model".
         rows: see `qwt_fx.inspect.inspection.inspect_rows`.
         blocks: see `qwt_fx.inspect.report.block_rows`.
-        stages: stage -> block -> SQNR in dB; `None` when it was not measured.
-        values: histograms of the layers' inputs; `None` when they were not measured.
-        weights: how often each level is used.
-        ranges: of layers behind norms; `None` when they were not measured.
         skips: see `qwt_fx.inspect.report.skip_rows`.
-        latency: runtime -> median seconds of one sample; `None` when it was not measured.
+        weights: how often each level is used.
+        values: histograms of the layers' inputs.
+        ranges: of layers behind norms.
+        stages: stage -> block -> SQNR in dB.
+        latency: runtime -> median seconds of one sample.
     """
 
     name: str
     rows: list[JsonObject]
     blocks: list[JsonObject]
-    stages: dict[str, dict[str, float | None]] | None = None
-    values: dict[str, LevelHistogram] | None = None
-    weights: dict[str, LevelHistogram] = field(default_factory=dict)
-    ranges: list[ChannelRanges] | None = None
-    skips: list[dict[str, str]] = field(default_factory=list)
-    latency: dict[str, float] | None = None
+    skips: list[dict[str, str]]
+    weights: dict[str, LevelHistogram]
+    values: dict[str, LevelHistogram] | Absent
+    ranges: list[ChannelRanges] | Absent
+    stages: dict[str, dict[str, float | None]] | Absent
+    latency: dict[str, float] | Absent
+
+    @property
+    def absent(self) -> list[Absent]:
+        """The parts that were not measured."""
+        parts = (self.values, self.ranges, self.stages, self.latency)
+        return [part for part in parts if isinstance(part, Absent)]
 
 
 @dataclass
@@ -69,15 +91,13 @@ class PageData:
         command: reproduces the model; `None` when it is not known.
         samples: calibration pairs measured on; 0 when there were none.
         machine: where latencies were taken.
-        needs: what flag would measure what is missing, by section.
     """
 
     title: str
     subtitle: str
     towers: list[TowerData]
-    size: dict[str, float]
+    size: dict[str, float] | Absent
     config: JsonObject
     command: str | None
     samples: int
     machine: str
-    needs: dict[str, str]

@@ -20,14 +20,14 @@ def render(page: PageData) -> str:
     for tower in page.towers:
         name, title = _id(tower.name), tower.name.capitalize()
         for key, heading, content in (
-            ("layers", "layers", sections.layers(page, tower) + sections.skips(tower)),
+            ("layers", "layers", sections.layers(tower) + sections.skips(tower)),
             ("blocks", "blocks", sections.blocks(page, tower)),
             (
                 "ranges",
                 "channel ranges before and after reparameterization",
-                sections.channel_ranges(page, tower),
+                sections.channel_ranges(tower),
             ),
-            ("histograms", "values, weights and their levels", sections.histograms(page, tower)),
+            ("histograms", "values, weights and their levels", sections.histograms(tower)),
         ):
             parts.append((f"{key}-{name}", f"{title} tower: {heading}", content))
     parts.append(("size", "Size and latency", sections.size_and_latency(page)))

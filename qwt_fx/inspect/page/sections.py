@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from qwt_fx.inspect.page import svg
-from qwt_fx.inspect.page.data import STAGES, ChannelRanges, PageData, TowerData
+from qwt_fx.inspect.page.data import STAGES, Absent, ChannelRanges, PageData, TowerData
 from qwt_fx.inspect.page.tables import folded, layers_table, skips_table
 from qwt_fx.measure.layer_statistics import LevelHistogram
 
@@ -16,11 +16,11 @@ LAYERS_SHOWN = 6  # layers with charts of their own, a tower
 MOST_LEVELS = 32  # more would be a grey area
 
 
-def missing(what: str, needs: str) -> str:
+def missing(what: str, absent: Absent) -> str:
     """A box in the place of a chart."""
     return (
         f'<div class="card missing"><h3>{breakable(what)}</h3>'
-        f"<p>Not measured: give {escape(needs)}.</p></div>"
+        f"<p>Not measured: {escape(absent.text)}.</p></div>"
     )
 
 
@@ -54,7 +54,8 @@ def facts(page: PageData) -> str:
         if known:
             value = f"{statistics.median(known):.1f} dB"
             boxes.append((f"{tower.name}: median SQNR of a layer", value))
-    small, large = page.size.get("quantized"), page.size.get("FP32")
+    size = {} if isinstance(page.size, Absent) else page.size
+    small, large = size.get("quantized"), size.get("FP32")
     if small and large:
         boxes.append(("size", f"{small / 1e6:.2f} MB, 1/{large / small:.1f} of FP32"))
     boxes.append(("calibration pairs measured on", str(page.samples or "none")))
@@ -65,13 +66,13 @@ def facts(page: PageData) -> str:
     return f'<div class="facts">{"".join(facts)}</div>'
 
 
-def layers(page: PageData, tower: TowerData) -> str:
+def layers(tower: TowerData) -> str:
     """The table of layers."""
     note = "The layer that adds most to the error of the model's output comes first."
-    if page.samples == 0:
+    if isinstance(tower.values, Absent):
         note = (
             "Figures are those recorded at calibration; the layer with the largest error of its own "
-            f"comes first. Error contributed: not measured, give {page.needs['values']}."
+            f"comes first. Error contributed: not measured, {tower.values.text}."
         )
     return f'<p class="soft">{escape(note)}</p>{layers_table(tower.rows)}'
 
@@ -84,10 +85,11 @@ def blocks(page: PageData, tower: TowerData) -> str:
     title = "SQNR behind each block"
     if not names:
         return '<p class="soft">No transformer blocks were found.</p>'
-    if tower.stages is None:
-        cards.append(missing(title, page.needs["stages"]))
+    if isinstance(tower.stages, Absent):
+        cards.append(missing(title, tower.stages))
     else:
-        series = {s: [tower.stages[s].get(n) for n in names] for s in STAGES if s in tower.stages}
+        found = tower.stages
+        series = {s: [found[s].get(n) for n in names] for s in STAGES if s in found}
         chart = svg.lines(title, labels, series, "block", "SQNR (dB)")
         legend = {f"s{i}": s for i, s in enumerate(series)}
         note = "Against the floating-point model, errors of earlier blocks included."
@@ -104,8 +106,8 @@ def blocks(page: PageData, tower: TowerData) -> str:
         cards.append(card(title, chart, {"s0": "fitted samples", "s1": "held-out samples"}))
     else:
         cards.append(
-            f'<div class="card missing"><h3>{title}</h3><p>This model has no compensation: '
-            "quantize with --compensation qwt.</p></div>"
+            f'<div class="card missing"><h3>{title}</h3><p>This tower has no compensation: '
+            "quantize it with --compensation qwt.</p></div>"
         )
     return grid(cards)
 
@@ -115,10 +117,10 @@ def _short(name: str) -> str:
     return parts[-1] if parts else name.rpartition(".")[2]
 
 
-def channel_ranges(page: PageData, tower: TowerData) -> str:
+def channel_ranges(tower: TowerData) -> str:
     """Extremes of each channel in front of the layers with the most uneven ones."""
-    if tower.ranges is None:
-        return grid([missing("Ranges before and after", page.needs["ranges"])])
+    if isinstance(tower.ranges, Absent):
+        return grid([missing("Ranges before and after", tower.ranges)])
     if not tower.ranges:
         return '<p class="soft">No norm of this tower was reparameterized.</p>'
     chosen = sorted(tower.ranges, key=lambda r: -r.unevenness)[: LAYERS_SHOWN // 2]
@@ -150,13 +152,13 @@ def _range_cards(one: ChannelRanges) -> list[str]:
     return cards
 
 
-def histograms(page: PageData, tower: TowerData) -> str:
+def histograms(tower: TowerData) -> str:
     """Inputs and weights of the layers that hurt most."""
     names = [r["name"] for r in tower.rows if r["name"] in tower.weights][:LAYERS_SHOWN]
     cards = []
     for name in names:
-        if tower.values is None:
-            cards.append(missing(f"{name}: input", page.needs["values"]))
+        if isinstance(tower.values, Absent):
+            cards.append(missing(f"{name}: input", tower.values))
         elif name in tower.values:
             cards.append(_values_card(name, tower.values[name]))
         cards.append(_weights_card(name, tower.weights[name]))
@@ -195,17 +197,17 @@ def _weights_card(name: str, one: LevelHistogram) -> str:
 def size_and_latency(page: PageData) -> str:
     """Bars of bytes and of milliseconds."""
     cards = []
-    if page.size:
+    if isinstance(page.size, Absent):
+        cards.append(missing("Size of the quantized towers", page.size))
+    else:
         values = {"size": [v / 1e6 for v in page.size.values()]}
         chart = svg.bars("Size", list(page.size), values, "stored as", "size (MB)")
         note = ", ".join(f"{name} {value / 1e6:.2f} MB" for name, value in page.size.items())
         cards.append(card("Size of the quantized towers", chart, None, note))
-    else:
-        cards.append(missing("Size of the quantized towers", page.needs["size"]))
     for tower in page.towers:
         title = f"Latency of the {tower.name} tower, batch 1"
-        if tower.latency is None:
-            cards.append(missing(title, page.needs["latency"]))
+        if isinstance(tower.latency, Absent):
+            cards.append(missing(title, tower.latency))
             continue
         values = {"median": [1e3 * v for v in tower.latency.values()]}
         chart = svg.bars(title, list(tower.latency), values, "runtime", "latency (ms)")
