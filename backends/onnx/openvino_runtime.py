@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwt_fx.backends.onnx.onnx_runtime import import_extra, layer_reasons
+from qwt_fx.backends.widening import as_float32
 from qwt_fx.errors import ArtifactError, first_line
 from qwt_fx.measure.kernel_audit import LayerKernel
 
@@ -35,7 +36,7 @@ class OpenVinoModel:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Features (n, e) float32 of images or token ids."""
-        return torch.from_numpy(np.array(self.compiled(inputs.numpy())[0]))
+        return torch.from_numpy(np.array(self.compiled(as_float32(inputs).numpy())[0]))
 
     def audit(self) -> list[LayerKernel]:
         """What computes each layer, read from the compiled graph."""

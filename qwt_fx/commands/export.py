@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     artifact = read_artifact(Path(args.artifact))
     model = clip.from_artifact(artifact)
     towers = TOWERS if args.tower == "both" else (args.tower,)
-    with OutputDirectory(Path(args.output), force=args.force) as output:
+    # An export is quick to repeat: what failed leaves nothing.
+    with OutputDirectory(Path(args.output), force=args.force, keep_partial=False) as output:
         for tower in towers:
             with screen.phase(f"{tower} tower: export"):
                 api.export(
@@ -82,11 +83,9 @@ def run(args: argparse.Namespace) -> None:
         }  # fmt: skip
         write_text_atomic(output.path / PREPROCESS, json.dumps(document, indent=1) + "\n")
         write_text_atomic(output.path / TOKENIZER, tokenizer_note(model))
+        rows = [_row(output.path, tower, args.format, screen) for tower in towers]
     folder = Path(args.output)
-    screen.table(
-        [_row(folder, tower, args.format, screen) for tower in towers],
-        ("tower", "file", "MB", "integer layers"),
-    )
+    screen.table(rows, ("tower", "file", "MB", "integer layers"))
     graphs = [artifact.towers[tower] for tower in towers]
     if args.format == "onnx" and args.pack == "auto" and any(map(int8_changes_weights, graphs)):
         screen.note(
