@@ -325,7 +325,8 @@ class OpenVino:
     def Core(self) -> OpenVino:
         return self
 
-    def compile_model(self, path: str, device: str, options: dict[str, int]) -> OpenVino:
+    def compile_model(self, path: str, device: str, options: dict[str, object]) -> OpenVino:
+        self.options = options
         if self.error:
             raise RuntimeError(self.error)
         return self
@@ -361,6 +362,39 @@ def test_the_audit_of_openvino_reads_the_compiled_graph(
     monkeypatch.setitem(sys.modules, "openvino", OpenVino([], "one line\nanother"))
     with pytest.raises(ArtifactError, match=r"OpenVINO cannot compile it: one line$"):
         openvino_model(path)
+
+
+def test_openvinos_defaults_that_change_numbers_are_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwt_fx.backends.onnx.openvino_runtime import openvino_model
+
+    q, batch = quantized("image", recipe="repq-vit")
+    path = exported(q, batch, tmp_path, "image", pack="int8")
+    stand_in = OpenVino([])
+    monkeypatch.setitem(sys.modules, "openvino", stand_in)
+    openvino_model(path, threads=2)
+    assert stand_in.options == {
+        "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "INFERENCE_NUM_THREADS": 2,
+    }  # fmt: skip
+    openvino_model(path, as_it_comes=True)
+    assert stand_in.options == {}
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(7, 8), (4, 32)])
+def test_openvino_is_as_near_as_another_order_of_sums(
+    w_bits: int, a_bits: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    from qwt_fx.backends.onnx.openvino_runtime import openvino_model
+
+    q, batch = quantized("image", recipe="repq-vit", w_bits=w_bits, a_bits=a_bits)
+    path = exported(q, batch, tmp_path, "image", pack="int8")
+    model = openvino_model(path, threads=1)
+    assert model.floats == "f32"
+    with torch.no_grad():
+        assert sqnr_db(q(batch), model(batch)) > 60.0
 
 
 def test_models_of_others_have_no_audit() -> None:
