@@ -1,7 +1,8 @@
 """Computes once what depends on parameters alone, such as a position table resized to the model's grid.
 
 Weights stay integers behind their dequantization, and tensors of half precision stay so behind a cast:
-both are stored small. What only moves elements of a parameter costs nothing at run time and stays, too.
+both are stored small. What only moves elements of a parameter costs nothing at run time and stays, too, and
+so does what grows much: a bias for every pair of positions, gathered from a table.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.constants import constant_tensor
 from qwt_fx.graph.edits import add_tensor
-from qwt_fx.graph.nodes import ancestors, is_call, is_constant, is_move
+from qwt_fx.graph.nodes import ancestors, is_call, is_constant, is_move, tensor_of
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
@@ -19,6 +20,7 @@ from qwt_fx.quant import torch_ao
 _DEQUANTIZE = frozenset(
     {torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_LOG_SQRT2}
 )
+_MOST_GROWTH = 4
 _CASTS = frozenset({torch.ops.aten.to.dtype})
 
 
@@ -33,8 +35,8 @@ def fold_constants(gm: GraphModule) -> list[str]:
         if node not in constant or not set(node.users) - constant or not _computes(node):
             continue
         value = constant_tensor(gm, node)
-        if value is None:
-            continue  # several tensors: their readers are folded
+        if value is None or value.numel() > _MOST_GROWTH * _stored(gm, node):
+            continue  # several tensors, whose readers are folded; or too large
         with gm.graph.inserting_before(node):
             new = add_tensor(gm, node.name, value.contiguous())
         new.meta = dict(node.meta)
@@ -43,6 +45,12 @@ def fold_constants(gm: GraphModule) -> list[str]:
     if folded:
         clean_up(gm)
     return folded
+
+
+def _stored(gm: GraphModule, node: Node) -> int:
+    """Elements of the tensors that a constant is computed from."""
+    tensors = [tensor_of(gm, n) for n in ancestors(node)]
+    return sum(t.numel() for t in tensors if t is not None)
 
 
 def _computes(node: Node) -> bool:

@@ -1,9 +1,9 @@
 """Resizing with antialiasing as two products with constant matrices: exact in every runtime.
 
-ONNX has the operator (Resize, antialias=1), but OpenVINO ignores the attribute, and ONNX Runtime computes
-another function with scale factors and with aligned corners. Bilinear and bicubic resizing are separable
-and linear, and sizes of images are fixed, so each axis is one matrix: what PyTorch's own operator makes of
-the unit vectors.
+ONNX has the operator (Resize, antialias=1), but OpenVINO ignores the attribute, and ONNX Runtime
+computes another function with scale factors and aligned corners. Bilinear and bicubic resizing are
+separable and linear, and sizes of images are fixed, so each axis is one matrix: what PyTorch's own
+operator makes of the unit vectors.
 
     Y = R_h X R_w^T,   R_w^T = resize(I, height kept)
 """

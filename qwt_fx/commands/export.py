@@ -31,10 +31,11 @@ example:
 
 --verify runs the artifact and the exported files on calibration pairs (on seeded noise without
 --train-data), prints cosine, SQNR and top-1 agreement, and exits with code 3 where an export differs
-from the artifact by more than rounding can: it has to lie 10 dB below what quantization costs on these pairs,
-within 6 dB of what another order of sums does (our x86 backend), or at 40 dB. What quantization costs is
-measured against --model, because an artifact holds no FP32 model; without it, against the artifact with
-activations in floating point. Files for OpenVINO (--pack int8) run there, too, where it is installed.
+from the artifact by more than rounding can: it has to lie 10 dB below what quantization costs on these
+pairs, within 6 dB of what another order of sums does (our x86 backend), or at 40 dB. What quantization
+costs is measured against --model, because an artifact holds no FP32 model; without it, against the
+artifact with activations in floating point. Files for OpenVINO (--pack int8) run there, too, where it is
+installed.
 """
 
 

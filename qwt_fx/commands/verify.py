@@ -2,8 +2,8 @@
 
 Runtimes add in another order, and a value next to the boundary of two codes then takes the other one: a
 whole step of a quantizer (benchmarks/runtime_differences.py). So a right export differs from the
-artifact. It passes at `ENOUGH_DB`, `MARGIN_DB` below what quantization itself costs on these inputs, or within
-`ROUNDING_DB` of what another order of sums alone does there: the artifact in our own x86 backend.
+artifact. It passes at `ENOUGH_DB`, `MARGIN_DB` below what quantization itself costs on these inputs, or
+within `ROUNDING_DB` of what another order of sums alone does there: the artifact in our x86 backend.
 """
 
 from __future__ import annotations
