@@ -1,8 +1,8 @@
 """Computes once what depends on parameters alone, such as a position table resized to the model's grid.
 
 Weights stay integers behind their dequantization, and tensors of half precision stay so behind a cast:
-both are stored small. What only moves elements of a parameter costs nothing at run time and stays, too, and
-so does what grows much: a bias for every pair of positions, gathered from a table.
+both are stored small. What only moves elements of a parameter costs nothing at run time and stays, too,
+and so does what grows much: a bias for every pair of positions, gathered from a table.
 """
 
 from __future__ import annotations
