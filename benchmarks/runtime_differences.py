@@ -9,8 +9,8 @@ one sample alone against in a batch (eager), and eager against x86, ONNX Runtime
 error of the quantization itself: against FP32, and against the same stored weights with activations in
 floating point. SQNR of the whole set, of the median and worst sample; top-1 is the nearest prompt.
 
-usage: python benchmarks/runtime_differences.py [--variant hard] [--bits 8/8 6/6 4/8 4/4] [--images 400]
-           [--recipes repq-vit best] [--samples 256] [--output runtime_differences]
+usage: python benchmarks/runtime_differences.py [--variant hard] [--bits 8/8 6/6 4/8 4/4] [--images 200]
+           [--recipes repq-vit best] [--samples 128] [--output runtime_differences] [--resume]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BATCH, machine, write_results
+from common import BATCH, kept_results, machine, write_results
 from tabulate import tabulate
 from torch import Tensor
 from torch.fx import GraphModule
@@ -138,22 +138,26 @@ def main() -> None:
     """Measure, write the JSON, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", default="hard")
-    parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--samples", type=int, default=256, help="calibration pairs")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=128, help="calibration pairs")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--bits", nargs="+", default=["8/8", "6/6", "4/8", "4/4"])
     parser.add_argument("--recipes", nargs="+", default=["repq-vit", "best"])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="keep rows that the results hold")
     parser.add_argument("--output", default="runtime_differences", help="results/OUTPUT.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = kept_results(args.output, resume=args.resume).get("rows", [])
+    known = {(row["recipe"], row["bits"]) for row in rows}
     document = vars(args) | {"machine": machine(), "rows": rows}
     document["installed"] = {n: importlib.util.find_spec(n) is not None for n in EXTRAS}
     with tempfile.TemporaryDirectory() as work:
         demo = open_demo(Path(work), args)
         for recipe in args.recipes:
             for bits in args.bits:
+                if (recipe, bits) in known:
+                    continue
                 w_bits, a_bits = map(int, bits.split("/"))
                 config = QuantConfig(w_bits=w_bits, a_bits=a_bits, recipe=recipe)
                 found = measure(demo, config, args)
