@@ -33,7 +33,7 @@ def test_constants_are_folded_and_what_is_stored_small_is_not() -> None:
     expected = gm(x)
     assert fold_constants(gm)
     assert torch.equal(gm(x), expected)
-    left = {str(node.target) for node in gm.graph.nodes if node.op == "call_function"}
+    left = {str(n.target) for n in gm.graph.nodes if n.op == "call_function"}
     assert not any(word in name for name in left for word in ("upsample", "repeat", "chunk", "sum"))
     assert {"aten.transpose.int", "aten.to.dtype"} <= left
     assert any(tensor.dtype is torch.float16 for tensor in gm.state_dict().values())
