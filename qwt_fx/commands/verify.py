@@ -78,10 +78,11 @@ def verify(
     for name, opened in _runners(exported, threads).items():
         sides[name] = reference | {t: opened(path) for t, path in exported.files.items()}
     runtimes = [name for name in sides if name != REFERENCE]
-    sides[ROUNDING] = reference | {t: lower_to(_graph(reference[t]), "x86") for t in exported.files}
+    lowered = {t: lower_to(_graph(reference[t]), "x86") for t in exported.files}
+    sides[ROUNDING] = {**reference, **lowered}
     cost = FLOATING if floating is None else "FP32"
-    floats = {t: floating_graph(_graph(reference[t])) for t in exported.files}
-    sides[cost] = reference | floats if floating is None else floating.towers
+    floats: Towers = {t: floating_graph(_graph(reference[t])) for t in exported.files}
+    sides[cost] = {**reference, **floats} if floating is None else floating.towers
     features = {name: _features(towers, batches, screen, name) for name, towers in sides.items()}
     top1 = {name: _top1(found) for name, found in features.items()}
     same = {name: agreement(top1[REFERENCE], top1[name]) for name in sides}

@@ -15,7 +15,7 @@ class Model(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, 3, 9, 9))
         self.table = nn.Parameter(torch.randn(5))
         self.register_buffer("pairs", torch.arange(4 * 9 * 9) % 5)
-        self.half = nn.Parameter(torch.randn(9).half())
+        self.stored_half = nn.Parameter(torch.randn(9).half())
 
     def forward(self, x: Tensor) -> Tensor:
         size = [4, 4]
@@ -23,7 +23,7 @@ class Model(nn.Module):
         low, high = (self.positions * 2.0).chunk(2, dim=2)  # several tensors of one constant
         x = x + grid.repeat(1, 1, 2, 2) + low[:, :, :1, :1].sum() - high.sum()
         moved = self.positions.transpose(2, 3)[:, :, :8, :8] + x
-        return moved + self.half.float()[:8]
+        return moved + self.stored_half.float()[:8]
 
 
 def test_constants_are_folded_and_what_is_stored_small_is_not() -> None:

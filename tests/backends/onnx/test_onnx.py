@@ -310,7 +310,10 @@ def test_openvino_computes_from_integers_and_agrees(tmp_path: Path) -> None:
     path = exported(q, batch, tmp_path, "image", pack="int8")
     model = openvino_model(path, threads=1)
     with torch.no_grad():
-        assert sqnr_db(q(batch), model(batch)) > 40.0
+        assert (
+            sqnr_db(q(batch), model(batch)) > 60.0
+        )  # 45 in bfloat16, which is OpenVINO's own choice
+    assert model.floats == "f32"
     kernels = {k.name: k for k in model.audit()}
     assert kernels["visual.transformer.resblocks.0.mlp.c_fc"].integer
     assert not kernels["visual.proj"].integer
@@ -382,19 +385,14 @@ def test_openvinos_defaults_that_change_numbers_are_set(
     assert stand_in.options == {}
 
 
-@pytest.mark.parametrize(("w_bits", "a_bits"), [(7, 8), (4, 32)])
-def test_openvino_is_as_near_as_another_order_of_sums(
-    w_bits: int, a_bits: int, tmp_path: Path
-) -> None:
+def test_openvino_does_not_round_activations_beside_weights_alone(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     from qwt_fx.backends.onnx.openvino_runtime import openvino_model
 
-    q, batch = quantized("image", recipe="repq-vit", w_bits=w_bits, a_bits=a_bits)
+    q, batch = quantized("image", recipe="repq-vit", w_bits=4, a_bits=32)
     path = exported(q, batch, tmp_path, "image", pack="int8")
-    model = openvino_model(path, threads=1)
-    assert model.floats == "f32"
     with torch.no_grad():
-        assert sqnr_db(q(batch), model(batch)) > 60.0
+        assert sqnr_db(q(batch), openvino_model(path, threads=1)(batch)) > 80.0
 
 
 def test_models_of_others_have_no_audit() -> None:
