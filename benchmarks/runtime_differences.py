@@ -5,9 +5,9 @@ and sums are added in another order by each runtime, each batch size and each nu
 flip is a whole step of that quantizer, and what it changes downstream meets boundaries again.
 
 Measured on the demo's CLIP, both towers, on its validation images and the class prompts: a sample alone
-against in a batch (eager, 64 samples), and eager against x86, ONNX Runtime and OpenVINO, beside the error
-of the quantization itself: against FP32, and against the same stored weights with activations in floating
-point. SQNR of the whole set, of the median and worst sample; top-1 is the nearest prompt.
+against in a batch (eager, 64 samples), and eager against x86, ONNX Runtime and OpenVINO, beside the
+error of the quantization itself: against FP32, and against the same stored weights with activations in
+floating point. SQNR of the whole set, of the median and worst sample; top-1 is the nearest prompt.
 
 usage: python benchmarks/runtime_differences.py [--variant hard] [--bits 8/8 6/6 4/8 4/4] [--images 200]
            [--recipes repq-vit best] [--samples 128] [--output runtime_differences] [--resume]
