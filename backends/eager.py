@@ -1,4 +1,4 @@
-"""The reference backend: the q/dq graph as it is, on any device."""
+"""The reference backend: the q/dq graph as it is, on any device, its constants computed once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 from torch.fx import GraphModule
 
+from qwt_fx.backends.constant_folding import fold_constants
 from qwt_fx.backends.lowering import check_converted, floating_kernels
 from qwt_fx.measure.kernel_audit import LayerKernel
 
@@ -14,10 +15,14 @@ class Eager:
     """Runs quantize and dequantize operators one by one; the outputs define the others' target."""
 
     def lower(self, quantized: GraphModule) -> GraphModule:
-        """A copy of the graph. Raises `PreconditionError` for a graph not converted, or one that
-        no integer type can hold."""
+        """A copy of the graph with the same outputs, bit for bit.
+
+        Raises `PreconditionError` for a graph not converted, or one that no integer type can hold.
+        """
         check_converted(quantized, "lower")
-        return copy.deepcopy(quantized)
+        gm = copy.deepcopy(quantized)
+        fold_constants(gm)
+        return gm
 
     def audit(self, lowered: GraphModule) -> list[LayerKernel]:
         """Every layer in floating point: its operands are dequantized first."""

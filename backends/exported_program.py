@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from qwt_fx.backends.constant_folding import fold_constants
 from qwt_fx.backends.lowering import check_converted
 from qwt_fx.errors import PreconditionError, first_line
 from qwt_fx.graph.edits import add_tensor
@@ -112,6 +113,7 @@ def _standard_program(
 ) -> ExportedProgram:
     check_exportable(quantized, example_inputs)
     gm = copy.deepcopy(quantized)
+    fold_constants(gm)
     _write_out_log_sqrt2(gm)
     return export_program(gm, example_inputs)
 

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from qwt_fx.backends.exported_program import save_aoti, save_pt2
 from qwt_fx.backends.onnx.layout import WeightStorage
 from qwt_fx.backends.onnx.onnx import export_onnx
-from qwt_fx.backends.onnx.onnx_runtime import onnx_runtime_session
-from qwt_fx.errors import ConfigError, OutputError
+from qwt_fx.backends.onnx.onnx_runtime import check_opens, onnx_runtime_session
+from qwt_fx.errors import ConfigError, OutputError, PreconditionError, first_line
 from qwt_fx.quant import torch_ao
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
@@ -42,7 +42,11 @@ def export_graph(
     input_names: tuple[str, ...] | None = None,
     output_names: tuple[str, ...] | None = None,
 ) -> None:
-    """Write a converted graph in a format, whole or not at all; see `qwt_fx.export`."""
+    """Write a converted graph in a format, whole or not at all; see `qwt_fx.export`.
+
+    The file is opened once by what checks its format before it gets its name. `PreconditionError` where
+    that fails; nothing is left then.
+    """
     check_format(format, pack)
     if path.suffix != SUFFIXES[format]:
         raise ConfigError(f"path: got {path.name!r}, wanted a name that ends in {SUFFIXES[format]}")
@@ -59,11 +63,27 @@ def export_graph(
                     quantized, target, example_inputs, input_names=input_names,
                     output_names=output_names, storage=WeightStorage(pack == "int4", pack == "int8"),
                 )  # fmt: skip
+            _open_once(target, format)
             for part in sorted(Path(folder).iterdir(), key=lambda p: p.name == path.name):
                 os.chmod(part, 0o644)
                 os.replace(part, path.parent / part.name)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _open_once(written: Path, format: str) -> None:
+    try:
+        if format == "onnx":
+            check_opens(written)
+        else:
+            runner_of(written, format)
+    except Exception as error:  # each checker raises kinds of its own
+        reason = first_line(error).replace(f"{written.parent}/", "")
+        others = " or ".join(other for other in SUFFIXES if other != format)
+        raise PreconditionError(
+            f"nothing was exported: {written.name} does not open again: {reason}; this is a fault of "
+            f"the export, so take the format {others} instead"
+        ) from error
 
 
 def runner_of(path: Path, format: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:

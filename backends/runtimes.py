@@ -52,19 +52,30 @@ class Prepared:
             a new shape may compile.
         kernels: what computes each layer.
         weight_bytes: of the tensors it holds.
+        floats: what is computed in where no integers are: "float32", "float16" or "bfloat16".
     """
 
     run: Run
     kernels: list[LayerKernel]
     weight_bytes: int
+    floats: str = "float32"
 
 
+_OPENVINO_TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 Factory = Callable[[Source], Prepared]
 
 
 def _bytes(module: nn.Module) -> int:
     tensors = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
     return sum(tensors.values())
+
+
+def _floats(module: nn.Module) -> str:
+    """What a graph computes in that no runtime changes; a compensation is stored in half precision."""
+    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if not kinds or torch.float32 in kinds:
+        return "float32"
+    return "+".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
 
 
 def _no_grad(module: nn.Module) -> Run:
@@ -82,12 +93,14 @@ def _floating_kernels(source: Source) -> list[LayerKernel]:
 
 def _fp32_eager(source: Source) -> Prepared:
     module = source.floating
-    return Prepared(_no_grad(module), _floating_kernels(source), _bytes(module))
+    kernels = _floating_kernels(source)
+    return Prepared(_no_grad(module), kernels, _bytes(module), _floats(module))
 
 
 def _fp32_compile(source: Source) -> Prepared:
     module = source.floating
-    return Prepared(compile_graph(module), _floating_kernels(source), _bytes(module))
+    kernels = _floating_kernels(source)
+    return Prepared(compile_graph(module), kernels, _bytes(module), _floats(module))
 
 
 def _bf16_compile(source: Source) -> Prepared:
@@ -99,17 +112,17 @@ def _bf16_compile(source: Source) -> Prepared:
             features: Tensor = compiled(x)
         return features
 
-    return Prepared(run, _floating_kernels(source), _bytes(source.floating))
+    return Prepared(run, _floating_kernels(source), _bytes(source.floating), "bfloat16")
 
 
 def _eager(source: Source) -> Prepared:
     lowered = lower_to(source.quantized, "eager")
-    return Prepared(_no_grad(lowered), audit_of(lowered), _bytes(lowered))
+    return Prepared(_no_grad(lowered), audit_of(lowered), _bytes(lowered), _floats(lowered))
 
 
 def _x86(source: Source) -> Prepared:
     lowered = lower_to(source.quantized, "x86")
-    return Prepared(compile_graph(lowered), audit_of(lowered), _bytes(lowered))
+    return Prepared(compile_graph(lowered), audit_of(lowered), _bytes(lowered), _floats(lowered))
 
 
 def _cuda(source: Source) -> Prepared:
@@ -125,7 +138,10 @@ def _cuda(source: Source) -> Prepared:
         torch.cuda.synchronize()
         return features
 
-    return Prepared(run, audit_of(lowered), _bytes(lowered))
+    floats = _floats(source.quantized)
+    # The backend's own choice on a GPU for a float32 graph.
+    floats = "float16" if floats == "float32" else floats
+    return Prepared(run, audit_of(lowered), _bytes(lowered), floats)
 
 
 def _exported(source: Source, folder: str, format: str, pack: str) -> Path:
@@ -143,11 +159,18 @@ def _onnxruntime(source: Source) -> Prepared:
         return Prepared(session, audit(path), path.stat().st_size)
 
 
-def _openvino(source: Source) -> Prepared:
+def _openvino(source: Source, *, as_it_comes: bool = False) -> Prepared:
     with tempfile.TemporaryDirectory() as folder:
         path = _exported(source, folder, "onnx", "int8")
-        model = openvino_model(path, threads=torch.get_num_threads())
-        return Prepared(model, model.audit(), path.stat().st_size)
+        threads = torch.get_num_threads()
+        model = openvino_model(path, threads=threads, as_it_comes=as_it_comes)
+        floats = _OPENVINO_TYPES.get(model.floats, model.floats)
+        return Prepared(model, model.audit(), path.stat().st_size, floats)
+
+
+def _openvino_as_it_comes(source: Source) -> Prepared:
+    """Floats in the precision OpenVINO chooses for this CPU, which is faster and not the graph's."""
+    return _openvino(source, as_it_comes=True)
 
 
 def _aoti(source: Source) -> Prepared:
@@ -155,7 +178,8 @@ def _aoti(source: Source) -> Prepared:
         path = _exported(source, folder, "aoti", "auto")
         reason = "AOTInductor compiles q/dq operators and floating-point products"
         kernels = floating_kernels(source.quantized, reason)
-        return Prepared(runner_of(path, "aoti"), kernels, path.stat().st_size)
+        floats = _floats(source.quantized)
+        return Prepared(runner_of(path, "aoti"), kernels, path.stat().st_size, floats)
 
 
 RUNTIMES: dict[str, Factory] = {
@@ -168,9 +192,10 @@ RUNTIMES: dict[str, Factory] = {
     "aoti": _aoti,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "openvino-default": _openvino_as_it_comes,
 }
 # Those that claim to compute in integers: one where nothing is an integer is refused.
-INTEGER = frozenset({"x86", "cuda", "onnxruntime", "openvino"})
+INTEGER = frozenset({"x86", "cuda", "onnxruntime", "openvino", "openvino-default"})
 
 
 def runtime_for(name: str) -> Factory:

@@ -257,6 +257,9 @@ def export(
 ) -> None:
     """Write one converted graph for another runtime, atomically; batch and text length stay dynamic.
 
+    The file is opened once by what checks its format before it gets its name. An ONNX file computes in
+    float32, reads and returns float32, whatever the graph's precision.
+
     Args:
         quantized: a converted graph on the CPU.
         path: the file: `.onnx`, or `.pt2` for the formats pt2 and aoti.

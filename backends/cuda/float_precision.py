@@ -8,9 +8,9 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.cuda.int8_gemm import INT8_LINEAR
 from qwt_fx.errors import PreconditionError
-from qwt_fx.graph.aten import CONVOLUTIONS, LAYER_NORM, LINEAR, MATMULS, RMS_NORM
+from qwt_fx.graph.aten import CONVOLUTIONS, LAYER_NORM, LINEAR, MATMULS, RMS_NORM, SDPA
 from qwt_fx.graph.edits import add_tensor
-from qwt_fx.graph.nodes import is_call, tensor_of
+from qwt_fx.graph.nodes import is_call, is_move, tensor_of
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
 
@@ -29,9 +29,18 @@ _QUANTIZE = frozenset(
 )  # fmt: skip
 # Their constants are scales and biases, which stay exact.
 _KEEP = _DEQUANTIZE | _QUANTIZE | {INT8_LINEAR}
-# Readers that take one dtype only: an input of the model is cast for them, and for nothing else,
-# because nothing else tells floating-point inputs from token ids in a graph without shapes.
-_ONE_DTYPE = CONVOLUTIONS | MATMULS | {LINEAR, LAYER_NORM, RMS_NORM}
+# Readers that take one dtype only: an input of the model is cast for them, directly or behind what
+# passes its dtype on, and for nothing else, because nothing else tells floating-point inputs from
+# token ids in a graph without shapes.
+_ONE_DTYPE = CONVOLUTIONS | MATMULS | {LINEAR, LAYER_NORM, RMS_NORM, SDPA}
+_PASSES_ON = frozenset(
+    {
+        aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.clamp.default,
+        aten.cat.default, aten.pad.default, aten.constant_pad_nd.default,
+        aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
+        aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
+    }
+)  # fmt: skip
 
 
 def cast_floating(gm: GraphModule, dtype: torch.dtype) -> None:
@@ -49,7 +58,7 @@ def cast_floating(gm: GraphModule, dtype: torch.dtype) -> None:
         if node.op == "get_attr":
             _cast_constant(gm, node, dtype)
         elif node.op == "placeholder":
-            _cast_for(gm, node, [u for u in node.users if is_call(u, _ONE_DTYPE)], dtype)
+            _cast_for(gm, node, [u for u in node.users if _wants_one_dtype(u)], dtype)
         elif is_call(node, _DEQUANTIZE):
             _cast_for(gm, node, list(node.users), dtype)
         elif is_call(node, {INT8_LINEAR}) or (
@@ -80,6 +89,14 @@ def _cast_constant(gm: GraphModule, node: Node, dtype: torch.dtype) -> None:
         cast = add_tensor(gm, str(node.target), value.detach().to(dtype))
     for reader in readers:
         reader.replace_input_with(node, cast)
+
+
+def _wants_one_dtype(reader: Node) -> bool:
+    """Whether a reader takes one dtype only, or passes an input on to one that does."""
+    if is_call(reader, _ONE_DTYPE):
+        return True
+    passes_on = is_move(reader) or is_call(reader, _PASSES_ON)
+    return passes_on and any(_wants_one_dtype(user) for user in reader.users)
 
 
 def _cast_for(gm: GraphModule, node: Node, readers: list[Node], dtype: torch.dtype) -> None:

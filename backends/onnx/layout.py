@@ -7,7 +7,10 @@ between the two dequantizations and the product. So here
 * shape-only operators move the codes, before they are dequantized;
 * the scales of positions multiply the product instead of the activation (exact: powers of two);
 * a convolution of patches that do not overlap is a matmul of the patches' codes;
-* fused attention is written out, so that every product of the source is one of the export.
+* fused attention is written out, so that every product of the source is one of the export;
+* what depends on parameters alone is computed before (`backends.constant_folding`);
+* resizing with antialiasing is two products with constant matrices (`backends.onnx.resize`);
+* what the graph computes in half or double precision is computed in float32 (`backends.widening`).
 
 The function stays the same up to the order in which floating-point numbers are added.
 """
@@ -23,7 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from qwt_fx.backends.constant_folding import fold_constants
 from qwt_fx.backends.lowering import LayerRewriter, float_reason, integer_layers, why_no_row_product
+from qwt_fx.backends.onnx.resize import write_out_resizes
+from qwt_fx.backends.widening import as_float32, compute_in_float32
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.graph.aten import SDPA
 from qwt_fx.graph.edits import add_tensor
@@ -75,11 +81,17 @@ class Layout:
 def lay_out(
     quantized: GraphModule, example_inputs: tuple[Tensor, ...], storage: WeightStorage | None = None
 ) -> Layout:
-    """Rewrite a copy of a converted graph; `example_inputs` are of full length, any batch."""
+    """Rewrite a copy of a converted graph; `example_inputs` are of full length, any batch.
+
+    Floating-point inputs are float32 in the copy.
+    """
     gm = copy.deepcopy(quantized)
     layout = Layout(gm)
     storage = storage or WeightStorage()
-    _record_shapes(gm, example_inputs)
+    fold_constants(gm)
+    compute_in_float32(gm)
+    _record_shapes(gm, tuple(as_float32(x) for x in example_inputs))
+    write_out_resizes(gm)
     for node in list(gm.graph.find_nodes(op="call_function", target=SDPA)):
         if why_not_decomposable(node) is None:
             decompose_attention(gm, node)

@@ -1,4 +1,4 @@
-"""Exports a converted graph to ONNX: QDQ nodes, integer initializers, a dynamic batch.
+"""Exports a converted graph to ONNX: QDQ nodes, integer initializers, a dynamic batch, float32 between.
 
 What ONNX Runtime does with the file is read back by `qwt_fx.backends.onnx.onnx_runtime.audit`.
 """
@@ -19,6 +19,7 @@ from qwt_fx.backends.exported_program import check_exportable, export_program
 from qwt_fx.backends.onnx import names
 from qwt_fx.backends.onnx.layout import Layout, WeightStorage, lay_out
 from qwt_fx.backends.onnx.onnx_runtime import LAYERS_KEY, import_extra
+from qwt_fx.backends.widening import as_float32
 from qwt_fx.errors import PreconditionError, first_line
 from qwt_fx.graph.aten import SDPA
 from qwt_fx.graph.nodes import compute_nodes, layer_name
@@ -46,7 +47,7 @@ def export_onnx(
         quantized: a graph on the CPU that reads and returns tensors.
         path: the file to write, not atomically: give a path in a folder of your own. Weights of
             more than 1.9 GB go to `<path>.data`.
-        example_inputs: one tensor an input, any batch size.
+        example_inputs: one tensor an input, any batch size; floating-point ones are float32 in the file.
         input_names, output_names: names in the model, one each; by default the graph's own, and the
             fields' names where it returns a model output or a dict.
         storage: how weights are stored.
@@ -86,7 +87,7 @@ def _translate(
 
     from qwt_fx.backends.onnx.operators import OPSET, OPSET_INT4, translations
 
-    exported = export_program(layout.graph_module, example_inputs)
+    exported = export_program(layout.graph_module, tuple(as_float32(x) for x in example_inputs))
     opset = OPSET_INT4 if storage.int4 else OPSET
     log = logging.getLogger("torch.onnx")
     level = log.level

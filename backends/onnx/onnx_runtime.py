@@ -5,6 +5,7 @@ Only numpy and onnxruntime are needed to run; the audit reads ONNX Runtime's opt
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import tempfile
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qwt_fx.backends.widening import as_float32
 from qwt_fx.errors import ArtifactError, MissingExtraError, first_line
 from qwt_fx.measure.kernel_audit import LayerKernel
 from qwt_fx.measure.machine import sums_byte_products_exactly
@@ -77,8 +79,8 @@ class OnnxRuntimeSession:
         return features
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """The same for tensors."""
-        return torch.from_numpy(self.run(inputs.numpy()))
+        """The same for tensors; floating-point ones are read as float32."""
+        return torch.from_numpy(self.run(as_float32(inputs).numpy()))
 
 
 def onnx_runtime_session(path: Path, *, threads: int | None = None) -> OnnxRuntimeSession:
@@ -91,6 +93,18 @@ def onnx_runtime_session(path: Path, *, threads: int | None = None) -> OnnxRunti
     Raises `MissingExtraError` without onnxruntime, `ArtifactError` for a file it cannot open.
     """
     return _session(path, threads, None)
+
+
+def check_opens(path: Path) -> None:
+    """Open an exported model as its users would, with what is installed of onnx and onnxruntime.
+
+    Raises onnx's own errors for a model that breaks the standard (types, shapes), `ArtifactError` for
+    one that ONNX Runtime cannot open.
+    """
+    with contextlib.suppress(MissingExtraError):
+        import_extra("onnx", "onnx", "checking").checker.check_model(str(path), full_check=True)
+    with contextlib.suppress(MissingExtraError):
+        _session(path, 1, None)
 
 
 def _session(path: Path, threads: int | None, optimized: Path | None) -> OnnxRuntimeSession:

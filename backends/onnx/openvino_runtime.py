@@ -3,6 +3,13 @@
 Export with `--pack int8`: OpenVINO computes from integers where weights are int8 with zero point 0.
 Its CPU plugin, too, adds uint8 x int8 products in pairs as int16 where the CPU has no VNNI, so 8-bit
 weights lose accuracy there.
+
+Two defaults of OpenVINO change numbers, so they are set here unless `as_it_comes` is asked for:
+
+* on CPUs with avx512_bf16 or AMX it computes what is left in floating point in bfloat16
+  (INFERENCE_PRECISION_HINT);
+* where weights alone are quantized, it rounds the activations beside them to 8 bits
+  (DYNAMIC_QUANTIZATION_GROUP_SIZE).
 """
 
 from __future__ import annotations
@@ -17,12 +24,21 @@ import torch
 from torch import Tensor
 
 from qwt_fx.backends.onnx.onnx_runtime import import_extra, layer_reasons
+from qwt_fx.backends.widening import as_float32
 from qwt_fx.errors import ArtifactError, first_line
 from qwt_fx.measure.kernel_audit import LayerKernel
 
 if TYPE_CHECKING:
     import openvino
 
+_EXACT: dict[str, object] = {
+    "INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0
+}  # fmt: skip
+# Operators that OpenVINO's CPU plugin computes as another function where attributes have these values.
+_WRONG: dict[str, dict[str, int]] = {
+    "Resize": {"antialias": 1},
+    "AveragePool": {"ceil_mode": 1, "count_include_pad": 1},
+}
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention"})
 
 
@@ -33,9 +49,14 @@ class OpenVinoModel:
     compiled: openvino.CompiledModel
     layers: dict[str, str | None]
 
+    @property
+    def floats(self) -> str:
+        """What it computes in where it does not compute in integers: "f32", "bf16" or "f16"."""
+        return str(self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+
     def __call__(self, inputs: Tensor) -> Tensor:
         """Features (n, e) float32 of images or token ids."""
-        return torch.from_numpy(np.array(self.compiled(inputs.numpy())[0]))
+        return torch.from_numpy(np.array(self.compiled(as_float32(inputs).numpy())[0]))
 
     def audit(self) -> list[LayerKernel]:
         """What computes each layer, read from the compiled graph."""
@@ -48,25 +69,39 @@ class OpenVinoModel:
         return [_kernel(name, reason, kernels.get(name)) for name, reason in self.layers.items()]
 
 
-def openvino_model(path: Path, *, threads: int | None = None) -> OpenVinoModel:
-    """Compile an exported model for the CPU.
+def openvino_model(
+    path: Path, *, threads: int | None = None, as_it_comes: bool = False
+) -> OpenVinoModel:
+    """Compile an exported model for the CPU, its floating-point part in float32.
 
     Args:
         path: what `qwt-fx export --format onnx --pack int8` wrote for one tower.
         threads: OpenVINO's choice by default.
+        as_it_comes: leave OpenVINO's own precision, which is bfloat16 on some CPUs.
 
     Raises `MissingExtraError` without the extra `openvino`, `ArtifactError` for a file it cannot
-    compile or that qwt-fx did not write.
+    compile, that it would compute wrongly, or that qwt-fx did not write.
     """
     openvino = import_extra("openvino", "openvino", "running in OpenVINO")
-    options = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    import onnx  # the extra brings it
+
+    options = {} if as_it_comes else dict(_EXACT)
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
     try:
         compiled = openvino.Core().compile_model(str(path), "CPU", options)
     except RuntimeError as error:
         raise ArtifactError(f"{path}: OpenVINO cannot compile it: {first_line(error)}") from error
-    import onnx  # the extra brings it
-
     model = onnx.load(str(path), load_external_data=False)
+    for node in model.graph.node:
+        given = {a.name: a.i for a in node.attribute}
+        wrong = _WRONG.get(node.op_type, {})
+        if wrong and all(given.get(name) == value for name, value in wrong.items()):
+            what = ", ".join(f"{name}={value}" for name, value in wrong.items())
+            raise ArtifactError(
+                f"{path}: OpenVINO computes {node.op_type} with {what} wrongly (node {node.name!r}): "
+                "export the file again with this version of qwt-fx, or run it in ONNX Runtime"
+            )
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     return OpenVinoModel(compiled, layer_reasons(metadata, path))
 

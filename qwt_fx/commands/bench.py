@@ -37,7 +37,7 @@ An artifact holds no FP32 model. The floating-point runtimes run the model of --
 the artifact's own graph with its weights dequantized: the same products, and those of the compensation.
 """
 HEADERS = (
-    "tower", "batch", "runtime", "median ms", "p90 ms", "samples/s", f"x {YARDSTICK}",
+    "tower", "batch", "runtime", "floats in", "median ms", "p90 ms", "samples/s", f"x {YARDSTICK}",
     "weights MB", "run MB", "integer layers",
 )  # fmt: skip
 
@@ -131,6 +131,7 @@ def _measure(
             "tower": tower,
             "batch": batch,
             "runtime": name,
+            "floats": prepared[name].floats,
             "median_seconds": latency.median,
             "p90_seconds": latency.p90,
             "samples_per_second": batch / latency.median,
@@ -190,8 +191,9 @@ def _show(screen: Screen, report: JsonObject) -> None:
         integer = counts[one["tower"], one["runtime"]]
         speedup = one["speedup"]
         rows.append([
-            one["tower"], one["batch"], one["runtime"], f"{1e3 * one['median_seconds']:.2f}",
-            f"{1e3 * one['p90_seconds']:.2f}", f"{one['samples_per_second']:.1f}",
+            one["tower"], one["batch"], one["runtime"], one["floats"],
+            f"{1e3 * one['median_seconds']:.2f}", f"{1e3 * one['p90_seconds']:.2f}",
+            f"{one['samples_per_second']:.1f}",
             "-" if speedup is None else f"{speedup:.2f}", megabytes(one["weight_bytes"]),
             megabytes(one["run_bytes"]), f"{sum(integer)} of {len(integer)}",
         ])  # fmt: skip

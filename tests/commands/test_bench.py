@@ -59,6 +59,7 @@ def check(report: dict, runtimes_run: set[str]) -> None:
     for row in report["runs"]:
         assert 0 < row["median_seconds"] <= row["p90_seconds"] < 60
         assert row["weight_bytes"] > 0
+        assert row["floats"] == ("bfloat16" if row["runtime"] == "bf16-compile" else "float32")
     assert report["peak_rss_bytes"] > max(r["weight_bytes"] for r in report["runs"])
 
 
@@ -76,6 +77,7 @@ def test_bench_writes_figures_for_each_tower_batch_and_runtime(
     assert not any(layer["integer_kernel"] for layer in report["layers"])
     assert all(layer["reason"] for layer in report["layers"])
     shown = capsys.readouterr()
+    assert "floats in" in shown.out and "float32" in shown.out
     assert "median ms" in shown.out and "interleaved" in shown.err
 
 

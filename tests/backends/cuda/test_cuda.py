@@ -135,8 +135,9 @@ def test_linears_of_one_value_are_one_product() -> None:
         assert sorted(names) in [sorted(g) for g in groups]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("shape", [(-1, 1), (-1, 1, 1)])
-def test_positions_with_scales_of_their_own(shape: tuple[int, ...]) -> None:
+def test_positions_with_scales_of_their_own(shape: tuple[int, ...], precision: str) -> None:
     class Transposed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -156,9 +157,10 @@ def test_positions_with_scales_of_their_own(shape: tuple[int, ...]) -> None:
             values = [4.0, 0.5, 1.0, 2.0, 1.0, 1.0, 0.25, 1.0, 8.0]
             module.token_scale = torch.tensor(values).reshape(shape)
     q = qwt_fx.convert(prepared)
-    lowered = qwt_fx.lower(q, "cuda")
-    assert _parity(q, lowered, x) > PARITY_DB
-    assert _parity(q, lowered, tokens(2, 9, seed=5)) > PARITY_DB
+    lowered = qwt_fx.lower(q, "cuda", precision=precision)
+    wanted = {"fp32": PARITY_DB, "fp16": 36.0, "bf16": 26.0}[precision]
+    assert _parity(q, lowered, x) > wanted
+    assert _parity(q, lowered, tokens(2, 9, seed=5)) > wanted
     assert _calls(lowered)
     assert all(n.args[5] is not None for n in _calls(lowered))
 
@@ -225,6 +227,29 @@ def test_half_precision_between_the_integer_layers(tower: str, precision: str) -
     assert seen == {wanted}
     floats = {n.args[7] for n in _calls(lowered)} - {torch.int8}
     assert floats == {wanted}
+
+
+@pytest.mark.parametrize("kind", ["moved", "shifted", "normalized", "attended"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_inputs_reach_half_precision_behind_what_passes_them_on(kind: str, precision: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 24)
+            self.positions = nn.Parameter(0.1 * torch.randn(9, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if kind == "attended":
+                x = nn.functional.scaled_dot_product_attention(x, x, x)
+            elif kind == "moved":
+                x = x.transpose(0, 1).chunk(3, dim=0)[0].transpose(0, 1)
+            else:
+                x = (x - 0.5) / 2.0 if kind == "normalized" else x + self.positions
+            return self.linear(self.norm(x))
+
+    x = tokens(4, 9)
+    q = qwt_fx.quantize(Model().eval(), (x,), [x], QuantConfig(recipe="repq-vit"))
+    assert _parity(q, qwt_fx.lower(q, "cuda", precision=precision), x) > 30.0
 
 
 @pytest.mark.parametrize("overrides", [{}, {"*.0.mlp.c_fc": "skip", "*.1.attn.in_proj": "w8a16"}])
