@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
+from qwt_fx.capture.batch_norm import fold_batch_norms
 from qwt_fx.capture.blocks import find_blocks, module_path
 from qwt_fx.capture.canonicalize import canonicalize
 from qwt_fx.errors import CaptureError
@@ -254,6 +255,7 @@ def _canonical(gm: GraphModule, full: Tensor | None = None) -> GraphModule:
     if full is not None:
         record_full_length(gm, full)
     _name_layers(gm)
+    fold_batch_norms(gm)
     set_graph_info(gm, GraphInfo(blocks=find_blocks(gm)))
     return gm
 
