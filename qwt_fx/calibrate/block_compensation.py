@@ -8,6 +8,7 @@ cheaper kinds of `qwt_fx.calibrate.compensators`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -231,7 +232,26 @@ def why_no_block(
 ) -> str | None:
     """Why no block of a graph can be compensated; `None` where some may be."""
     if not graph_info(gm).blocks:
-        return "no transformer block was found"
+        return (
+            "no block was found (residual sums of at least two linears or convolutions that keep a "
+            "value's shape)"
+        )
     if settings.hold_out > 0.0 and batches.samples < 2:
         return "one calibration sample: none can be held out"
     return None
+
+
+def why_none_compensated(gm: GraphModule, kind: str) -> str | None:
+    """One line on a calibrated graph none of whose blocks got the compensation; `None` where one did."""
+    info = graph_info(gm)
+    if any(record["applied"] for record in info.compensations.values()):
+        return None
+    names = {"graph", *(b.name for b in info.blocks)}
+    passes = [r for r in info.passes if r["pass"] in ("InsertCompensation", "CalibrateLayers")]
+    skips = [why for record in passes for name, why in record["skips"] if name in names]
+    if info.compensations:
+        skips = ["none would help (R^2 on held-out samples is not positive)"]
+    why = "; ".join(
+        f"{reason} ({count})" if count > 1 else reason for reason, count in Counter(skips).items()
+    )
+    return f"compensation {kind!r} was asked for, but no block has one: {why}"
