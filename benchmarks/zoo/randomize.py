@@ -84,7 +84,11 @@ def _fill(draw: _Draw, module: nn.Module, name: str, parameter: Tensor) -> None:
             draw.normal(parameter, GAIN / math.sqrt(parameter[0].numel()))
     elif _is_layer_scale(module, name):
         draw.uniform(parameter, 0.5, 1.0)
-    elif name != "logit_scale" and bool((parameter == parameter.reshape(-1)[0]).all()):
+    elif (
+        name != "logit_scale"
+        and parameter.numel()
+        and bool((parameter == parameter.reshape(-1)[0]).all())
+    ):
         draw.normal(parameter, 0.1)
 
 
