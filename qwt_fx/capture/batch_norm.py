@@ -202,7 +202,7 @@ def _pads(gm: GraphModule, convolution: Node) -> bool:
     if isinstance(padding, str):
         weight = tensor_of(gm, convolution.args[1])
         return padding != "valid" and (weight is None or any(s != 1 for s in weight.shape[2:]))
-    return padding != 0 and padding != [0] * len(padding)
+    return bool(padding != 0 and any(padding if isinstance(padding, list | tuple) else [padding]))
 
 
 def _scale_rows(gm: GraphModule, layer: Node, norm: _Norm) -> None:
@@ -273,8 +273,10 @@ def _put(gm: GraphModule, node: Node, base: str, value: Tensor) -> Node:
         return add_tensor(gm, base, value, parameter=True)
     path, _, name = target.rpartition(".")
     owner = gm.get_submodule(path)  # the graph's own: the model's modules and tensors stay
-    table = owner._buffers if name in owner._buffers else owner._parameters
-    table[name] = nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
+    if name in owner._buffers:
+        owner._buffers[name] = value
+    else:
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
     return node
 
 
