@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.fx import GraphModule
 from qwt_fx.batches.batch import Batches
 from qwt_fx.batches.distributed_batches import DistributedBatches
 from qwt_fx.batches.value_store import ValueStore, value_store
+from qwt_fx.calibrate.block_compensation import why_none_compensated
 from qwt_fx.calibrate.observe_ranges import check_parameters, config_of, observe
 from qwt_fx.checkpoint.calibration_identity import calibration_journal
 from qwt_fx.checkpoint.journal import Journal
@@ -61,6 +63,7 @@ def calibrate(
     checkpoint: str | PathLike[str] | Journal | None = None,
     memory_budget: str | int | ValueStore | None = None,
     ranges_found: Callable[[], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> GraphModule:
     """Every data-dependent step, in order and in place: ranges, reparameterization, compensation.
 
@@ -78,6 +81,8 @@ def calibrate(
             temporary files. Changes no result. Or a store of the caller's.
         ranges_found: called when every quantizer has its range and is switched on: in the published
             procedure before anything moves into weights, otherwise at the end.
+        tell: called with one line where a compensation was asked for and no block got one, instead of
+            `warnings.warn`.
 
     Raises `ConfigError` for a checkpoint of another configuration, model, version or data. Raises
     `DataError` for a generator, no batch, or values that are not finite, parameters included;
@@ -94,6 +99,13 @@ def calibrate(
         calibration_journal(checkpoint, prepared, distributed) as journal,
     ):
         _calibrate(prepared, distributed, _Run(journal, store, seconds, progress, then))
+    compensation = settings_of(config_of(prepared)).compensation
+    why = compensation and why_none_compensated(prepared, compensation.kind)
+    if why and distributed.ranks.first:
+        if tell is None:
+            warnings.warn(why, stacklevel=2)
+        else:
+            tell(why)
     return prepared
 
 

@@ -69,3 +69,25 @@ def test_nothing_quantized_is_told_at_once() -> None:
         ranges_found=lambda: told.append(1),
     )
     assert told == [1]
+
+
+def test_a_compensation_that_was_asked_for_and_is_not_possible_is_told() -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x).relu())
+
+    asked = CONFIG.replace(compensation="qwt")
+    why = "compensation 'qwt' was asked for, but no block has one: no block was found"
+    with pytest.warns(UserWarning, match=why):
+        qwt_fx.quantize(Plain(), (BATCHES[0],), BATCHES, asked)
+    qwt_fx.quantize(Plain(), (BATCHES[0],), BATCHES, CONFIG)  # nothing to tell: not asked for
+    told: list[str] = []
+    qwt_fx.calibrate(_prepared(asked), BATCHES, tell=told.append)
+    assert not told
+    qwt_fx.calibrate(_prepared(asked), [BATCHES[0][:1]], tell=told.append)
+    (line,) = told
+    assert line.endswith("no block has one: one calibration sample: none can be held out")

@@ -9,9 +9,8 @@ from functools import cache
 import pytest
 import torch
 from torch.fx import GraphModule
-from zoo.measure import Figures, capture, measure, run
+from zoo.measure import Figures, capture, measure, random_model, run
 from zoo.models import ZOO, Entry
-from zoo.randomize import randomize
 
 import qwt_fx
 from qwt_fx.config.config import QuantConfig
@@ -53,8 +52,7 @@ def test_zoo_is_as_large_as_promised() -> None:
 
 @each_model
 def test_captured_graph_is_the_model_at_every_batch_size_and_moves_to_meta(entry: Entry) -> None:
-    torch.manual_seed(0)
-    model, gm = randomize(entry.build()), _captured(entry)
+    model, gm = random_model(entry, 0), _captured(entry)
     for batch in (1, 3):
         x = entry.inputs(batch, 7)
         torch.testing.assert_close(run(gm, x), run(model, x), rtol=1e-4, atol=1e-4)

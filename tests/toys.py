@@ -49,6 +49,38 @@ class Tower(nn.Module):
         return x
 
 
+class ConvBlock(nn.Module):
+    """A convolutional block with batch norms and no attention, as ResNets and RepMixers have them."""
+
+    def __init__(self, width: int, out: int | None = None, stride: int = 1) -> None:
+        super().__init__()
+        out = out or width
+        self.conv1, self.bn1 = nn.Conv2d(width, out, 3, stride, 1), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 1), nn.BatchNorm2d(out)
+        changes = out != width or stride != 1
+        self.around = nn.Conv2d(width, out, 1, stride) if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.around(x)).relu()
+
+
+class Stages(nn.Module):
+    """Stages of convolutional blocks; the first of the second stage changes the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        first, second = [ConvBlock(8), ConvBlock(8)], [ConvBlock(8, 16, 2), ConvBlock(16)]
+        self.stages = nn.ModuleList([nn.Sequential(*first), nn.Sequential(*second)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x.mean((2, 3))
+
+
 class Sequence(nn.Module):
     """A norm and what reads it, given as a function."""
 

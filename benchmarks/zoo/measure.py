@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import qwt_fx
@@ -112,9 +112,13 @@ def _general(reason: str) -> str:
 
 def capture(entry: Entry, seed: int, *, strict: bool = False) -> GraphModule:
     """The model with random weights, captured."""
+    return qwt_fx.capture(random_model(entry, seed), (entry.inputs(2, seed),), strict=strict)
+
+
+def random_model(entry: Entry, seed: int) -> nn.Module:
+    """The model with random weights, in evaluation mode."""
     torch.manual_seed(seed)
-    model = randomize(entry.build(), seed)
-    return qwt_fx.capture(model, (entry.inputs(2, seed),), strict=strict)
+    return randomize(entry.build(), seed, entry.inputs(8, seed))
 
 
 def run(gm: GraphModule, x: Tensor) -> Tensor:

@@ -184,6 +184,23 @@ ZOO: tuple[Entry, ...] = (
     Entry("timm dinov3", _timm("vit_small_patch16_dinov3", img_size=64, depth=4), images(64)),
     Entry("timm pvt_v2", _timm("pvt_v2_b0"), images(128)),
     Entry("timm vit_tiny, RMSNorm", _timm("vit_tiny_patch16_224", **_RMS), images(64), fast=True),
+    Entry(
+        "timm pe_core at 128",
+        _timm("vit_pe_core_tiny_patch16_384", img_size=128, depth=4),
+        images(128),
+    ),
+    Entry("timm eva02 at 98", _timm("eva02_tiny_patch14_336", img_size=98, depth=4), images(98)),
+    Entry(
+        "timm siglip2 at 128",
+        _timm("vit_base_patch32_siglip_256", img_size=128, depth=4),
+        images(128),
+    ),
+    Entry("transformers DINOv3ViTModel", _hf("DINOv3ViTModel", **_HF_VISION), images(64)),
+    Entry(
+        "transformers Dinov2WithRegistersModel",
+        _hf("Dinov2WithRegistersModel", **_HF_VISION),
+        images(64),
+    ),
     Entry("transformers CLIPVisionModel", _hf("CLIPVisionModel", **_HF_VISION), images(64)),
     Entry("transformers CLIPTextModel", _hf("CLIPTextModel", **_HF_TEXT), captions(24), fast=True),
     Entry("transformers SiglipVisionModel", _hf("SiglipVisionModel", **_HF_VISION), images(64)),

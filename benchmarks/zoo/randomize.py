@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 GAIN = 0.7  # standard deviation of a weight times the square root of its fan-in
 _MULTIPLIERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
@@ -40,25 +41,39 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 1
 
 
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: nn.Module, seed: int = 0, x: Tensor | None = None) -> nn.Module:
     """Fill a model's parameters in place and put it into evaluation mode.
 
-    Norms: weight exp(N(0, 1)) over its root mean square, bias 0.2 N(0, 1). Linears, convolutions and
-    fused projections: weight N(0, 0.7 / sqrt(fan in)), bias 0.1 N(0, 1). LayerScale: U(0.5, 1).
+    Norms: weight exp(N(0, 1)) over its root mean square, of batch norms U(0.5, 1.5), bias 0.2 N(0, 1).
+    Linears, convolutions and fused projections: weight N(0, 0.7 / sqrt(fan in)), bias 0.1 N(0, 1).
+    LayerScale: U(0.5, 1).
     Other parameters (tokens, position tables) that are all equal become 0.1 N(0, 1); the rest keep
-    the library's own initialization.
+    the library's own initialization. Batch norms get the statistics of an input batch `x`.
     """
     draw = _Draw(seed)
     with torch.no_grad():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 _fill(draw, module, name, parameter)
+        if x is not None:
+            _settle(model.eval(), x)
     return model.eval()
+
+
+def _settle(model: nn.Module, x: Tensor) -> None:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    if norms:
+        model(x)
 
 
 def _fill(draw: _Draw, module: nn.Module, name: str, parameter: Tensor) -> None:
     if _is_norm(module):
-        if name == "weight":
+        if name == "weight" and isinstance(module, _BatchNorm):
+            draw.uniform(parameter, 0.5, 1.5)  # of convolutions on one quantizer for all channels
+        elif name == "weight":
             draw.channel_scales(parameter)
         elif name == "bias":
             draw.normal(parameter, 0.2)
@@ -69,7 +84,11 @@ def _fill(draw: _Draw, module: nn.Module, name: str, parameter: Tensor) -> None:
             draw.normal(parameter, GAIN / math.sqrt(parameter[0].numel()))
     elif _is_layer_scale(module, name):
         draw.uniform(parameter, 0.5, 1.0)
-    elif name != "logit_scale" and bool((parameter == parameter.reshape(-1)[0]).all()):
+    elif (
+        name != "logit_scale"
+        and parameter.numel()
+        and bool((parameter == parameter.reshape(-1)[0]).all())
+    ):
         draw.normal(parameter, 0.1)
 
 

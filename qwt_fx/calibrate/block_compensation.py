@@ -8,6 +8,7 @@ cheaper kinds of `qwt_fx.calibrate.compensators`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,9 +22,10 @@ from qwt_fx.calibrate.compensators import Site, compensator
 from qwt_fx.checkpoint.journal import Journal
 from qwt_fx.config.compensation_kind import CompensationSettings, parse_compensation
 from qwt_fx.errors import DataError
+from qwt_fx.graph.channel_axis import channel_axes
 from qwt_fx.graph.correspondence import Correspondence
 from qwt_fx.graph.graph_info import Block, graph_info
-from qwt_fx.graph.nodes import find_node
+from qwt_fx.graph.nodes import find_node, shape_of
 from qwt_fx.graph.pass_base import Change, Skip
 from qwt_fx.graph.runner import BlockRunner, Subgraph, start
 from qwt_fx.graph.sample_ids import sample_ids
@@ -68,6 +70,7 @@ class BlockCompensation:
         self._sizes = batches.of_mine(batches.sizes)
         held_out = held_out_samples(batches.samples, settings.hold_out)
         self._judges = batches.of_mine(torch.split(held_out, batches.sizes))
+        self._axes = channel_axes(self.reference)
         self._done = 0
         self._pin_inputs()
 
@@ -98,14 +101,17 @@ class BlockCompensation:
         if info.compensations.get(block.name, {}).get("applied"):
             return Skip(block.name, "compensated already")
         source, result = find_node(gm, block.input), find_node(gm, block.output)
+        original = graph_info(self.reference).blocks[index]
         try:
-            site = self._compensator.site(gm, block.name, source, result)
+            channels = self._channels(original)
+            site = self._compensator.site(gm, block.name, source, result, channels)
         except NoSite as error:
             return Skip(block.name, str(error))
         self._quantized.advance(result, keep=(site.regressor,))
         self._hold_regressor(site)
         first = self._quantized.envs[0]
-        x, y = site.regressor_value(first[site.regressor]), first[result]
+        x = site.regressor_value(first[site.regressor])
+        y = site.output_value(first[result])
         if x.shape != y.shape:
             reason = f"its input {tuple(x.shape)} and output {tuple(y.shape)} differ"
             return Skip(block.name, reason)
@@ -113,7 +119,6 @@ class BlockCompensation:
         rows = [split for split in every if split is not None]
         if len(rows) < len(self._sizes):
             return Skip(block.name, "which sample each of its tokens belongs to is not known")
-        original = graph_info(self.reference).blocks[index]
         fit = self._journal.once(
             f"compensation of {block.name}", lambda: self._fit(site, original, rows)
         )
@@ -141,6 +146,16 @@ class BlockCompensation:
             self._quantized.advance(inserted.output)
         return Change(block.name, f"{self._kind}, R^2 {judged:.4g}")
 
+    def _channels(self, original: Block) -> int:
+        """The dimension of the channels of a block's values, -1 for the last."""
+        source, result = (find_node(self.reference, n) for n in (original.input, original.output))
+        last = len(shape_of(result) or ()) - 1
+        axis = self._axes.get(result, last)
+        if self._axes.get(source, axis) != axis:
+            at = self._axes[source]
+            raise NoSite(f"its input has its channels in dimension {at}, its output in {axis}")
+        return -1 if axis == last else axis
+
     def _hold_regressor(self, site: Site) -> None:
         """What the error is regressed on, made of the block's input again where it was dropped."""
         function = Subgraph(self.gm, site.source, site.regressor)
@@ -151,15 +166,16 @@ class BlockCompensation:
     def _fit(self, site: Site, original: Block, rows: list[Rows]) -> Fit | AffineFit:
         """Fit the error of a block; `original` is its record in the reference."""
         envs = self._quantized.envs
-        width, outputs = envs[0][site.regressor].shape[-1], envs[0][site.result].shape[-1]
-        device = envs[0][site.result].device
+        result = site.output_value(envs[0][site.result])
+        width, outputs = site.regressor_value(envs[0][site.regressor]).shape[-1], result.shape[-1]
+        device = result.device
         both = [self._compensator.empty(width, outputs, device) for _ in range(2)]
         targets = self._targets(site, original)
 
         def parts(index: int) -> Iterator[tuple[int, list[Tensor]]]:
             env, target = envs[index], next(targets)
             x = site.regressor_value(env[site.regressor]).reshape(-1, width)
-            error = (wide(target) - wide(env[site.result])).reshape(-1, outputs)
+            error = site.output_value(wide(target) - wide(env[site.result])).reshape(-1, outputs)
             if not bool(torch.isfinite(x).all() and torch.isfinite(error).all()):
                 raise DataError(
                     f"{site.name}: NaN or infinite values in this block's input or output; check the "
@@ -193,7 +209,8 @@ class BlockCompensation:
     def _rows(self, site: Site, index: int) -> Rows | None:
         """Those of a batch; `None` if it is not known."""
         y = self._quantized.envs[index][site.result]
-        keep = torch.ones(y.shape[:-1].numel(), dtype=torch.bool, device=y.device)
+        count = y.numel() // y.shape[site.channels]
+        keep = torch.ones(count, dtype=torch.bool, device=y.device)
         if self._proofs:
             constant = graph_info(self.gm).constant_token is not None
             masked = self._settings.token_masks
@@ -203,7 +220,7 @@ class BlockCompensation:
             keep = keep if mask is None else keep & mask.reshape(-1)
         if self._settings.hold_out == 0.0:
             return keep, torch.zeros_like(keep)
-        samples = sample_ids(site.result, y.shape, self._sizes[index])
+        samples = sample_ids(site.result, y.shape, self._sizes[index], site.channels)
         if samples is None:
             return None
         judged = self._judges[index][samples].to(y.device)
@@ -215,7 +232,26 @@ def why_no_block(
 ) -> str | None:
     """Why no block of a graph can be compensated; `None` where some may be."""
     if not graph_info(gm).blocks:
-        return "no transformer block was found"
+        return (
+            "no block was found (residual sums of at least two linears or convolutions that keep a "
+            "value's shape)"
+        )
     if settings.hold_out > 0.0 and batches.samples < 2:
         return "one calibration sample: none can be held out"
     return None
+
+
+def why_none_compensated(gm: GraphModule, kind: str) -> str | None:
+    """One line on a calibrated graph none of whose blocks got the compensation; `None` where one did."""
+    info = graph_info(gm)
+    if any(record["applied"] for record in info.compensations.values()):
+        return None
+    names = {"graph", *(b.name for b in info.blocks)}
+    passes = [r for r in info.passes if r["pass"] in ("InsertCompensation", "CalibrateLayers")]
+    skips = [why for record in passes for name, why in record["skips"] if name in names]
+    if info.compensations:
+        skips = ["none would help (R^2 on held-out samples is not positive)"]
+    why = "; ".join(
+        f"{reason} ({count})" if count > 1 else reason for reason, count in Counter(skips).items()
+    )
+    return f"compensation {kind!r} was asked for, but no block has one: {why}"

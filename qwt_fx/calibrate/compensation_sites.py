@@ -23,6 +23,15 @@ class NoSite(Exception):
     """A block has no place for a compensation; the message says why."""
 
 
+def require_channels_last(channels: int) -> None:
+    """Raise `NoSite` for a block of convolutions."""
+    if channels != -1:
+        raise NoSite(
+            f"its values have their channels in dimension {channels}, not in the last: compensate it by "
+            "'qwt' or 'lowrank:R'"
+        )
+
+
 def integer_input(
     source: Node, members: set[Node], gm: GraphModule
 ) -> tuple[Node, list[Reordering]]:

@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qwt_fx.calibrate.compensation_sites import Reordering, integer_input, last_linear
+from qwt_fx.calibrate.compensation_sites import (
+    Reordering,
+    integer_input,
+    last_linear,
+    require_channels_last,
+)
 from qwt_fx.config.compensation_kind import CompensationKind
 from qwt_fx.graph.aten import LINEAR
 from qwt_fx.graph.edits import add_module, add_tensor, described
-from qwt_fx.graph.nodes import ancestors, dtype_of
+from qwt_fx.graph.nodes import ancestors, dtype_of, shape_of
 from qwt_fx.numerics.channel_affine import AffineFit, ChannelMoments, fit_affine
 from qwt_fx.numerics.qparams import QuantSpec
 from qwt_fx.numerics.regression import Fit, Moments, fit_held_out, fit_original
@@ -42,19 +47,27 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Site:
-    """A block, the value its error is regressed on, and the steps to the output's layout."""
+    """A block, the value its error is regressed on, and the steps to the output's layout.
+
+    `channels`: the dimension of the channels, -1 where it is the last: 1 of maps (n, c, h, w).
+    """
 
     name: str
     source: Node
     result: Node
     regressor: Node
     steps: tuple[Reordering, ...] = ()
+    channels: int = -1
 
     def regressor_value(self, value: Tensor) -> Tensor:
-        """The regressor with its tokens in the order of the block's output."""
+        """The regressor with its tokens in the order of the block's output, channels last."""
         for operator, args in self.steps:
             value = operator(value, *args)
-        return value
+        return value.movedim(self.channels, -1)
+
+    def output_value(self, value: Tensor) -> Tensor:
+        """The block's output, channels last."""
+        return value.movedim(self.channels, -1)
 
     def add(self, gm: GraphModule, *values: Node) -> Node:
         """The block's output plus some values, in its place; at the graph's insertion point."""
@@ -85,8 +98,13 @@ class Compensator(ABC, Generic[Sums, Fitted]):
     """One kind of compensation."""
 
     @abstractmethod
-    def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
-        """Where it attaches to a block. Raises `NoSite` where it cannot."""
+    def site(
+        self, gm: GraphModule, name: str, source: Node, result: Node, channels: int = -1
+    ) -> Site:
+        """Where it attaches to a block whose values have their channels there.
+
+        Raises `NoSite` where it cannot.
+        """
 
     @abstractmethod
     def empty(self, inputs: int, outputs: int, device: torch.device) -> Sums:
@@ -116,9 +134,11 @@ class InputLinear(_LinearCompensator):
     storage: Storage
     half: bool
 
-    def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
+    def site(
+        self, gm: GraphModule, name: str, source: Node, result: Node, channels: int = -1
+    ) -> Site:
         """See `Compensator`."""
-        return Site(name, source, result, source)
+        return Site(name, source, result, source, channels=channels)
 
     def fit(self, train: Moments, held_out: Moments | None) -> Fit:
         """See `Compensator`."""
@@ -130,6 +150,8 @@ class InputLinear(_LinearCompensator):
         dtype, value = dtype_of(site.result) or torch.float32, site.source
         base = f"{site.name}.compensation"
         with gm.graph.inserting_before(site.result.next):
+            if site.channels != -1:
+                value = gm.graph.call_function(aten.movedim.int, (value, site.channels, -1))
             for suffix, factor in zip(suffixes, fit.factors, strict=True):
                 half = self.half and fits_half(factor)
                 stored = factor.half() if half else factor.to(dtype)
@@ -138,9 +160,13 @@ class InputLinear(_LinearCompensator):
                     matrix = gm.graph.call_function(aten.to.dtype, (matrix, dtype))
                 value = gm.graph.call_function(aten.matmul.default, (value, matrix))
                 value.meta["layer"] = f"{base}{suffix}"
+            shift = fit.bias.to(dtype)
+            if site.channels != -1:
+                value = gm.graph.call_function(aten.movedim.int, (value, -1, site.channels))
+                rank = len(shape_of(site.result) or ())
+                shift = shift.reshape(-1, *[1] * (rank - 1 - site.channels))
             value.meta.update(described(site.result))
-            bias = add_tensor(gm, f"{base}_bias", fit.bias.to(dtype))
-            output = site.add(gm, value, bias)
+            output = site.add(gm, value, add_tensor(gm, f"{base}_bias", shift))
         macs = sum(factor.numel() for factor in fit.factors)
         return Inserted(output, macs + fit.bias.numel(), macs)
 
@@ -153,8 +179,11 @@ class IntegerLinear(_LinearCompensator):
     block computes anyway.
     """
 
-    def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
+    def site(
+        self, gm: GraphModule, name: str, source: Node, result: Node, channels: int = -1
+    ) -> Site:
         """See `Compensator`."""
+        require_channels_last(channels)
         value, steps = integer_input(source, ancestors(result), gm)
         return Site(name, source, result, value, tuple(steps))
 
@@ -192,8 +221,11 @@ class FoldedAffine(Compensator[ChannelMoments, AffineFit]):
     floating point; the shift goes into the bias. Nothing is added.
     """
 
-    def site(self, gm: GraphModule, name: str, source: Node, result: Node) -> Site:
+    def site(
+        self, gm: GraphModule, name: str, source: Node, result: Node, channels: int = -1
+    ) -> Site:
         """See `Compensator`."""
+        require_channels_last(channels)
         return Site(name, source, result, last_linear(gm, result))
 
     def empty(self, inputs: int, outputs: int, device: torch.device) -> ChannelMoments:

@@ -108,4 +108,8 @@ def _floating_output(
         wanted = F.linear(rows, weight.flatten(1), bias)
     residual = residual_of(layer)
     gap = None if residual is None else walk.gap(residual, index)
-    return wanted if gap is None else wanted + _kept(gap.reshape(-1, gap.shape[-1]), keep)
+    if gap is None:
+        return wanted
+    if not is_call(layer, {LINEAR}):
+        gap = gap.movedim(1, -1)  # a convolution's rows are pixels
+    return wanted + _kept(gap.reshape(-1, gap.shape[-1]), keep)

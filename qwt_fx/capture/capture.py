@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
+from qwt_fx.capture.batch_norm import fold_batch_norms
 from qwt_fx.capture.blocks import find_blocks, module_path
 from qwt_fx.capture.canonicalize import canonicalize
 from qwt_fx.capture.contexts import refuse_autocast
@@ -204,6 +205,7 @@ def _canonical(gm: GraphModule, full: Tensor | None = None) -> GraphModule:
     _name_layers(gm)
     gm._forward_pre_hooks.clear()  # export's own checks, which no copy of the graph keeps, ...
     gm._forward_hooks.clear()  # ... and what ends them
+    fold_batch_norms(gm)
     set_graph_info(gm, GraphInfo(blocks=find_blocks(gm), inputs=inputs_of(gm)))
     return gm
 

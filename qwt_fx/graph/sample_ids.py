@@ -50,11 +50,12 @@ def run_move(node: Node, env: Env, batch: int) -> Value:
     return target(*args, **kwargs)
 
 
-def sample_ids(node: Node, shape: Sequence[int], batch: int) -> Tensor | None:
+def sample_ids(node: Node, shape: Sequence[int], batch: int, channels: int = -1) -> Tensor | None:
     """Sample number of each row, (rows,) int64, of an activation of this shape; `None` if unknown.
 
-    Rows are all dimensions but the last, flattened. Where batch and positions were flattened into
-    one dimension, the nearest value that has them apart is followed through the moves between.
+    Rows are all dimensions but that of the channels, flattened. Where batch and positions were
+    flattened into one dimension, the nearest value that has them apart is followed through the moves
+    between.
     """
     chain = [node]
     while (axis := batch_axis(chain[-1])) is None:
@@ -69,7 +70,7 @@ def sample_ids(node: Node, shape: Sequence[int], batch: int) -> Tensor | None:
     for move in reversed(chain[:-1]):
         env[move] = run_move(move, env, batch)
     ids: Tensor = env[node]
-    return ids[..., 0].flatten() if tuple(ids.shape) == tuple(shape) else None
+    return ids.select(channels, 0).flatten() if tuple(ids.shape) == tuple(shape) else None
 
 
 def batch_axis(node: Node) -> int | None:

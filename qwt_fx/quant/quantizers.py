@@ -127,7 +127,7 @@ def compensation_tensors(gm: GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
     for block, nodes in _compensation_nodes(gm).items():
         weight = reduce(torch.matmul, (_matrix(gm, node) for node in nodes))
         bias = _constant(gm, _compensation_bias(nodes[-1]))
-        tensors[block] = (weight.float(), bias.float())
+        tensors[block] = (weight.float(), bias.float().flatten())  # of maps: (out, 1, 1)
     return tensors
 
 
@@ -153,12 +153,12 @@ def _compensation_nodes(gm: GraphModule) -> dict[str, list[Node]]:
 
 
 def _compensation_bias(node: Node) -> object:
-    """A linear has its own; behind a matmul it is the second value added."""
+    """A linear has its own; behind a matmul it is the first constant added."""
     if node.target is LINEAR:
         return node.args[2]
-    (partial,) = node.users
-    (output,) = partial.users
-    return output.args[1]
+    (user,) = node.users
+    added = user.args[1]
+    return added if isinstance(added, Node) and is_constant(added) else _compensation_bias(user)
 
 
 def _matrix(gm: GraphModule, node: Node) -> Tensor:

@@ -36,3 +36,15 @@ def test_the_published_recipe_takes_what_is_chosen_before_ranges(
     assert passes[name]
     assert artifact.extra["classifier"]["input"] is not None
     assert json.loads((output / "report.json").read_text())["recipe"] == "repq-vit"
+
+
+def test_a_compensation_that_is_not_possible_is_said_on_screen(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", *words, "--choice", "image_only", "--recipe", "repq-vit", "--qwt"]
+    samples = ["--calib-samples", "1", "--batch-size", "1"]
+    assert main([*command, *samples, "--output", str(tmp_path / "artifact")]) == 0
+    assert (
+        "image tower: compensation 'qwt' was asked for, but no block has one: one calibration sample"
+        in capsys.readouterr().err
+    )

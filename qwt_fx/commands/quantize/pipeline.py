@@ -154,6 +154,7 @@ def _quantize_tower(
         api.calibrate(
             prepared, inputs, seconds=seconds, progress=bar, checkpoint=checkpoint.journal,
             memory_budget=store, ranges_found=ranges_found,
+            tell=lambda why: screen.note(f"{tower} tower: {why}"),
         )  # fmt: skip
     done = FinishedTower(api.convert(prepared), classifier[0] if classifier else None, seconds)
     checkpoint.finish(done)
