@@ -6,6 +6,7 @@ No maths here: this module orders the passes.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,15 @@ def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
     steps: list[Pass] = []
     if settings.decompose_attention:
         steps.append(DecomposeAttention())
-    if (bits := settings.log_sqrt2_bits) is not None:
+    if settings.log_sqrt2:
+        bits = partial(_activation_bits, config)
         steps.append(InsertLogSqrt2Softmax(bits, reserve_zero=settings.storable))
     PassManager((*steps, InsertObservers(config)))(prepared)
     return prepared
+
+
+def _activation_bits(config: QuantConfig, layer: str) -> int | None:
+    return config.bits_for(layer).activation
 
 
 def reparameterize(
