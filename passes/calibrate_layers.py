@@ -114,9 +114,11 @@ class CalibrateLayers(Pass):
             for index, group in enumerate(groups):
                 with self.compensating():
                     yield from walk.compensate(group)
-                if (product := products.get(group.quantizer)) is None:
+                quantizer = group.quantizer
+                product = None if quantizer is None else products.get(quantizer)
+                if product is None:
                     yield from _calibrate(walk, group)
-                elif group.quantizer is product.first.quantizer:
+                elif quantizer is product.first.quantizer:
                     yield from calibrate_product(walk, product, choose_softmax=self.choose_softmax)
                 self.journal.commit()
                 if self.progress is not None:

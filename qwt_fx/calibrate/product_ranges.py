@@ -65,7 +65,7 @@ def _scores(walk: PairedWalk, product: AttentionProduct) -> Iterator[Change]:
     gm, (queries, keys) = walk.gm, (product.first, product.second)
     modules = [fake_quant_of(gm, o.quantizer) for o in (queries, keys)]
     maps = [channels_of(gm, o) for o in (queries, keys)]
-    counted = [_count(walk, queries), _count(walk, keys)]
+    counted = (_count(walk, queries), _count(walk, keys))
     specs = (_spec(modules[0]), _spec(modules[1]))
     name = layer_name(product.node)
     balance = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,20 +57,16 @@ class Operand:
         moved = x.movedim(-1 if self.transposed else -2, 1)
         return moved.reshape(moved.shape[0] * moved.shape[1], -1)
 
-    def spread(self, channels: Tensor, shape: torch.Size) -> Tensor:
+    def spread(self, channels: Tensor, shape: Sequence[int]) -> Tensor:
         """One number for each channel, as it multiplies a value of this shape."""
         heads = shape[1:-2]
         size = shape[-2] if self.transposed else shape[-1]
         return channels.reshape(*heads, *((size, 1) if self.transposed else (1, size)))
 
-    def flags(self, flags: Tensor, shape: torch.Size) -> Tensor:
+    def flags(self, flags: Tensor, shape: Sequence[int]) -> Tensor:
         """One flag for each row of `tokens`, flattened, as one for each of `rows`."""
-        heads, length = shape[1:-2], shape[-1 if self.transposed else -2]
-        return (
-            flags.reshape(shape[0], *heads, length).flatten(1, -2)[:, 0].flatten()
-            if heads
-            else flags.flatten()
-        )
+        length = shape[-1 if self.transposed else -2]
+        return flags.reshape(shape[0], -1, length)[:, 0].flatten()
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def _one_a_row(node: Node) -> bool:
     if not isinstance(factor, Node):
         return True
     shape = shape_of(factor)
-    return shape is not None and (not shape or shape[-1] == 1)
+    return shape is not None and (not shape or bool(shape[-1] == 1))
 
 
 def channels_of(gm: GraphModule, operand: Operand) -> OperandMap | None:
