@@ -11,6 +11,9 @@ one value. With x the value on the quantized path, x_fp on the floating-point pa
    GPTAQ, arXiv 2504.02692). A layer that adds to a residual stream repairs what the stream misses;
 4. the weights are rounded by GPTQ on the same sums, and the bias takes the mean error.
 
+The operands of a quantized attention's products are calibrated likewise, by what the product loses
+(`calibrate.product_ranges`).
+
 Behind a block whose layers are done, the block may be compensated.
 """
 
@@ -35,6 +38,7 @@ from qwt_fx.calibrate.layer_range import RangeSearch
 from qwt_fx.calibrate.layer_sums import layer_sums
 from qwt_fx.calibrate.observe_ranges import observe_on_first
 from qwt_fx.calibrate.paired_walk import PairedWalk
+from qwt_fx.calibrate.product_ranges import calibrate_product
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.config.layer_settings import LayerSettings
@@ -45,6 +49,11 @@ from qwt_fx.graph.pass_base import Change, Pass, Skip
 from qwt_fx.numerics.layer_fit import FittedLayer, fit_layer
 from qwt_fx.numerics.qparams import LOG_SQRT2
 from qwt_fx.numerics.second_moments import LayerSums
+from qwt_fx.quant.attention_products import (
+    AttentionProduct,
+    find_products,
+    place_next_to_products,
+)
 from qwt_fx.quant.fake_quant import FakeQuant, Mode, fake_quant_of, is_fake_quant, set_mode
 from qwt_fx.quant.layer_groups import LayerGroup, can_be_rows, find_groups, weight_quantizer
 from qwt_fx.quant.rescale import set_layer, weight_and_bias
@@ -64,6 +73,8 @@ class CalibrateLayers(Pass):
         compensation: blocks are compensated by these settings as soon as their layers are done, so
             that the layers behind them are fitted on what they will read; `None`: not at all.
         compensating: entered around each compensation, which it may clock.
+        choose_softmax: probabilities get log-sqrt2 or uniform codes, whichever disturb their product
+            with the values less; needs ranges by the output's error.
 
     Afterwards every quantizer has qparams and is switched on, and per-channel quantizers behind
     norms are per-tensor. Run again, it would round rounded weights: not idempotent. Raises
@@ -80,11 +91,16 @@ class CalibrateLayers(Pass):
     compensating: Callable[[], AbstractContextManager[None]] = field(
         default=nullcontext, compare=False
     )
+    choose_softmax: bool = False
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
         set_mode(gm, Mode.ON)
         _weights_next_to_layers(gm)
+        products: dict[Node, AttentionProduct] = {}
+        if self.settings.ranges == "output":
+            place_next_to_products(gm)
+            products = find_products(gm)
         groups = find_groups(gm)
         batches, compensation = DistributedBatches.of(self.batches), self.compensation
         if compensation and (reason := why_no_block(gm, batches, compensation)):
@@ -98,7 +114,12 @@ class CalibrateLayers(Pass):
             for index, group in enumerate(groups):
                 with self.compensating():
                     yield from walk.compensate(group)
-                yield from _calibrate(walk, group)
+                quantizer = group.quantizer
+                product = None if quantizer is None else products.get(quantizer)
+                if product is None:
+                    yield from _calibrate(walk, group)
+                elif quantizer is product.first.quantizer:
+                    yield from calibrate_product(walk, product, choose_softmax=self.choose_softmax)
                 self.journal.commit()
                 if self.progress is not None:
                     self.progress(index + 1, len(groups))

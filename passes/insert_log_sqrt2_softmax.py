@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -25,7 +25,8 @@ class InsertLogSqrt2Softmax(Pass):
     their relative precision; exact zeros (a causal mask) stay zero.
 
     Attributes:
-        bits: 2..8.
+        bits: 2..8; or a function of the product's layer name that gives them, `None` for a softmax that
+            stays in floating point.
         reserve_zero: the last code means 0, so that `bits` bits hold every value; `False` gives
             the published 2^bits + 1 values, which no such integer holds.
 
@@ -33,11 +34,11 @@ class InsertLogSqrt2Softmax(Pass):
     of range.
     """
 
-    bits: int = 4
+    bits: int | Callable[[str], int | None] = 4
     reserve_zero: bool = True
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        if isinstance(self.bits, int) and not 2 <= self.bits <= 8:
             raise ConfigError(f"InsertLogSqrt2Softmax.bits: got {self.bits}, wanted 2..8")
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
@@ -54,14 +55,19 @@ class InsertLogSqrt2Softmax(Pass):
             if not readers or not all(is_call(r, MATMULS) for r in readers):
                 yield Skip(node.name, "its output does not feed matmuls alone")
                 continue
-            spec = QuantSpec(self.bits, scheme=LOG_SQRT2, reserve_zero=self.reserve_zero)
-            name = f"{layer_name(readers[0])}.probabilities"
+            product = layer_name(readers[0])
+            bits = self.bits if isinstance(self.bits, int) else self.bits(product)
+            if bits is None:
+                yield Skip(product, "left in floating point by the configuration")
+                continue
+            spec = QuantSpec(bits, scheme=LOG_SQRT2, reserve_zero=self.reserve_zero)
+            name = f"{product}.probabilities"
             target = add_module(gm, "fake_quant_0", FakeQuant(spec, name))
             with gm.graph.inserting_after(node):
                 call = gm.graph.call_module(target, (node,))
             node.replace_all_uses_with(call, delete_user_cb=lambda user, c=call: user is not c)
             call.meta = described(node)
-            yield Change(name, f"log-sqrt2, {self.bits} bits")
+            yield Change(name, f"log-sqrt2, {bits} bits")
 
 
 def _readers(node: Node) -> Iterator[Node]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,15 @@ def prepare(gm: GraphModule, config: QuantConfig) -> GraphModule:
     steps: list[Pass] = []
     if settings.decompose_attention:
         steps.append(DecomposeAttention())
-    if (bits := settings.log_sqrt2_bits) is not None:
+    if settings.log_sqrt2:
+        bits = partial(_activation_bits, config)
         steps.append(InsertLogSqrt2Softmax(bits, reserve_zero=settings.storable))
     PassManager((*steps, InsertObservers(config)))(prepared)
     return prepared
+
+
+def _activation_bits(config: QuantConfig, layer: str) -> int | None:
+    return config.bits_for(layer).activation
 
 
 @plain_conditions()

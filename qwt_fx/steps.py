@@ -125,7 +125,8 @@ class _Run:
 
 def _calibrate(prepared: GraphModule, batches: DistributedBatches, run: _Run) -> None:
     settings = settings_of(config_of(prepared))
-    if settings.choose_softmax:
+    by_output = settings.layers is not None and settings.layers.ranges == "output"
+    if settings.choose_softmax and not by_output:
         ChooseSoftmaxQuantizer(batches)(prepared)
     if settings.exceptions > 0.0:
         RaiseSensitiveLayers(batches, settings.exceptions, journal=run.journal)(prepared)
@@ -148,6 +149,7 @@ def _calibrate(prepared: GraphModule, batches: DistributedBatches, run: _Run) ->
                 run.store,
                 settings.compensation,
                 partial(timed, run.seconds, "compensate", inside="calibrate"),
+                settings.choose_softmax,
             )(prepared)
         run.ranges_found()
     with timed(run.seconds, "calibrate"):

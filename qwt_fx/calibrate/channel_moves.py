@@ -86,7 +86,7 @@ def apply_move(walk: PairedWalk, group: LayerGroup, move: ChannelMove) -> None:
     for linear in site.linears:
         undo_in_columns(walk.gm, linear, rescale.scale, rescale.shift)
     if site.origin is None:
-        walk.inserted(group.source)
+        walk.reach(group.source)
     else:
         walk.rescaled(site.origin, rescale)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,10 +10,8 @@ from torch import Tensor
 
 from qwt_fx.calibrate.paired_walk import PairedWalk
 from qwt_fx.calibrate.position_scales import find_token_scale, histograms_apart, mass_apart
-from qwt_fx.errors import DataError
+from qwt_fx.calibrate.value_histogram import CountedValue, count_value
 from qwt_fx.graph.aten import LINEAR
-from qwt_fx.graph.sample_ids import sample_ids
-from qwt_fx.numerics.histogram import LARGEST, Histogram
 from qwt_fx.numerics.range_search import Range, search_range
 from qwt_fx.numerics.rescale_search import Rescale, choose_rescale
 from qwt_fx.numerics.split_histogram import SplitHistogram
@@ -122,50 +118,7 @@ class RangeSearch:
 
         Counted when first asked for: before anything moves, and not at all where the journal knows.
         """
-        values = self.walk.values(self.group.source)
-        channels = values[0].shape[-1] if self._per_channel else 1
-        splits = [Histogram(channels, values[0].device) for _ in range(2)]
-
-        def parts(index: int) -> Iterator[tuple[int, list[Tensor]]]:
-            x = values[index]
-            self._check(x)
-            flat = x.reshape(-1, x.shape[-1])
-            behind_end = self.walk.settings.token_masks == "all"
-            mask = self.walk.mask(self.group.source, index, behind_end=behind_end)
-            for split, chosen in self._rows_of_splits(x.shape, index):
-                keep = mask if chosen is None else chosen
-                if mask is not None and chosen is not None:
-                    keep = mask & chosen.to(mask.device)
-                rows = flat if keep is None else flat[keep]
-                yield split, Histogram.part(rows if self._per_channel else rows.reshape(-1, 1))
-
-        for split, part in self.walk.batches.in_order(parts):
-            splits[split].merge(part)
-        return SplitHistogram(*splits)
-
-    def _check(self, x: Tensor) -> None:
-        low, high = torch.aminmax(x)  # NaN where any value is
-        largest = max(-float(low), float(high))
-        if not math.isfinite(largest):
-            raise DataError(
-                f"{self.name}: NaN or infinite values in the tensor to quantize; "
-                "check the weights and the calibration inputs"
-            )
-        if largest > LARGEST:
-            raise DataError(
-                f"{self.name}: values up to {largest:g} in the tensor to quantize, wanted at "
-                "most 2^24; check the weights and the calibration inputs, or use "
-                "--recipe repq-vit"
-            )
-
-    def _rows_of_splits(
-        self, shape: Sequence[int], index: int
-    ) -> Iterator[tuple[int, Tensor | None]]:
-        """Which split of the samples a batch belongs to, or, of the only batch, each of its rows."""
-        number, sizes = self.walk.batches.numbers[index], self.walk.batches.sizes
-        ids = sample_ids(self.group.source, shape, sizes[0]) if len(sizes) == 1 else None
-        if ids is None:
-            yield number % 2, None
-        else:
-            for split in (0, 1):
-                yield split, ids % 2 == split
+        source = self.group.source
+        return count_value(
+            self.walk, CountedValue(self.name, source, source, apart=self._per_channel)
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from qwt_fx.graph.sample_ids import sample_ids
 from qwt_fx.numerics.hold_out import held_out_samples
 from qwt_fx.numerics.rescale_search import Rescale
 from qwt_fx.numerics.second_moments import CHUNK
+from qwt_fx.quant.attention_products import find_products
 from qwt_fx.quant.fake_quant import is_fake_quant
 from qwt_fx.quant.layer_groups import LayerGroup, residual_of, rows_of
 from qwt_fx.text.token_map import token_masks
@@ -65,7 +66,10 @@ class PairedWalk:
         held_out = held_out_samples(batches.samples, settings.hold_out)
         self._judges = batches.of_mine(torch.split(held_out, batches.sizes))
         boundary = [find_node(gm, b.input) for b in graph_info(gm).blocks]
-        self._tokens = token_masks(gm, batches.batches, [*(g.source for g in groups), *boundary])
+        products = dict.fromkeys(find_products(gm).values())
+        operands = [o.tokens for p in products for o in (p.first, p.second)]
+        known = [*(g.source for g in groups), *boundary, *operands]
+        self._tokens = token_masks(gm, batches.batches, known)
         self.twin = Correspondence(reference).twin
         self._position = {node: at for at, node in enumerate(reference.graph.nodes)}
         layers = [layer for g in groups for layer in g.layers]
@@ -172,18 +176,25 @@ class PairedWalk:
             scale, shift = (v.to(value.dtype) for v in (rescale.scale, rescale.shift))
             return value / scale - shift
 
+        self.revise(origin, change)
+
+    def revise(self, origin: Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Bring the values up to date where the quantized graph makes others at `origin`."""
         self._quantized.revise(origin, change)
 
-    def inserted(self, new: Node) -> None:
-        """Run a node that was put into the quantized graph at the point reached."""
-        self._quantized.advance(new)
+    def reach(self, node: Node) -> None:
+        """Run the quantized graph up to a node: a later one, or one put in at the point reached."""
+        self._quantized.advance(node)
 
-    def mask(self, source: Node, index: int, *, behind_end: bool) -> Tensor | None:
+    def mask(
+        self, source: Node, index: int, *, behind_end: bool, first: bool = False
+    ) -> Tensor | None:
         """Which rows of a batch count, (rows,) bool; `None` for all of them.
 
         behind_end: leave out positions behind the end of a text where they provably cannot matter.
+        first: position 0 counts even where constants stand in for it.
         """
-        first = not self.first_is_constant
+        first = first or not self.first_is_constant
         name = Correspondence.name_of(source)
         return self._tokens[index].counting(name, behind_end=behind_end, first=first)
 

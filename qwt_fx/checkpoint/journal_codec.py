@@ -23,11 +23,12 @@ from qwt_fx.errors import ArtifactError
 from qwt_fx.measure.sensitivity import Sensitivity
 from qwt_fx.numerics.channel_affine import AffineFit
 from qwt_fx.numerics.layer_fit import FittedLayer
+from qwt_fx.numerics.product_search import Balance
 from qwt_fx.numerics.range_search import Range
 from qwt_fx.numerics.regression import Fit
 from qwt_fx.numerics.rescale_search import Rescale
 
-_Found = AffineFit | Fit | FittedLayer | Range | Rescale | Sensitivity
+_Found = AffineFit | Balance | Fit | FittedLayer | Range | Rescale | Sensitivity
 RESULTS: dict[str, Callable[..., _Found]] = {cls.__name__: cls for cls in get_args(_Found)}
 
 # To a type checker, `float` includes integers and booleans.

@@ -60,7 +60,7 @@ class Settings:
             published code.
         decompose_attention: attention is computed in separate operators.
         quantize_attention: q, k, v and softmax(QK^T) are quantized.
-        log_sqrt2_bits: of the log-sqrt2 quantizers that softmax outputs get; `None`: none do.
+        log_sqrt2: softmax outputs get log-sqrt2 quantizers of their product's bits.
         choose_softmax: each of these becomes uniform where that disturbs less.
         exceptions: weight bytes that 8 bits for sensitive layers may add, as a share of all.
         token_masks: "none", "regression" or "all"; see `QuantConfig`.
@@ -74,7 +74,7 @@ class Settings:
     storable: bool
     decompose_attention: bool
     quantize_attention: bool
-    log_sqrt2_bits: int | None
+    log_sqrt2: bool
     choose_softmax: bool
     exceptions: float
     token_masks: str
@@ -100,17 +100,14 @@ def settings_of(config: QuantConfig) -> Settings:
             half=not original,
         )
     quantize_attention = config.attention != "none"
-    has_log_sqrt2 = (
-        config.attention in ("log2", AUTO) and config.bits_for("").activation is not None
-    )
     return Settings(
         storable=not original,
         # The published code computes attention in separate operators; the fused one rounds
         # differently, and a rounding flip at 6 bits moves later ranges by percents.
         decompose_attention=quantize_attention or original,
         quantize_attention=quantize_attention,
-        log_sqrt2_bits=config.a_bits if has_log_sqrt2 else None,
-        choose_softmax=has_log_sqrt2 and config.attention == AUTO,
+        log_sqrt2=config.attention in ("log2", AUTO),
+        choose_softmax=config.attention == AUTO,
         exceptions=config.exceptions,
         token_masks=chosen["token_masks"],
         constant_tokens=chosen["constant_tokens"],

@@ -1,8 +1,9 @@
-"""Which output row of a linear ends up in which input channel of the linear behind the attention.
+"""Which output row of a linear ends up in which channel of an attention's operands and output.
 
 Attention mixes the values of different tokens, never different channels. So a scale of one channel
-of the values can be moved from the attention's output into the row of the linear that made it. The
-map is read from the graph: channel numbers are sent through the very ops that move elements.
+of the values can be moved from the attention's output into the row of the linear that made it, and
+one of a query's channel into the row that made the key's. The map is read from the graph: channel
+numbers are sent through the very ops that move elements.
 """
 
 from __future__ import annotations
@@ -39,32 +40,56 @@ class ValueMap:
     constants: tuple[Node, ...] = ()
 
 
+@dataclass(frozen=True)
+class OperandMap:
+    """The linear whose rows become an operand of a product of activations, each used by nothing else.
+
+    `rows` has the operand's shape, with two samples, and one number for each element; `constants` as
+    in `ValueMap`.
+    """
+
+    producer: Node
+    rows: Tensor
+    constants: tuple[Node, ...] = ()
+
+
 class NotMapped(Exception):
     """The channels cannot be followed; the message says why."""
 
 
-def value_map(gm: GraphModule, output: Node) -> ValueMap:
+def value_map(gm: GraphModule, output: Node, *, quantized: bool = False) -> ValueMap:
     """Follow the channels of `output`, what a linear behind an attention reads.
 
-    Raises `NotMapped` where `output` is not attention's output moved about, where its values are
-    not one linear's rows, each used once and by nothing else.
+    quantized: the values may have a quantizer of their own. Raises `NotMapped` where `output` is not
+    attention's output moved about, where its values are not one linear's rows, each used once and by
+    nothing else.
     """
     attention = _attention_behind(gm, output)
-    value = attention.args[1 if attention.target in MATMULS else 2]
-    producer = _linear_behind(gm, value)
-    features = _features(gm, producer)
-    values, others = _follow(producer, features, attention)
-    ids = _through_attention(attention, values, output)
+    index = 1 if attention.target in MATMULS else 2
+    if not quantized and _is_quantized(gm, attention.args[index]):
+        raise NotMapped("its values are quantized")
+    operand = operand_map(gm, attention, index)
+    ids = _through_attention(attention, operand.rows, output)
     rows = ids.reshape(-1, ids.shape[-1])
     if not bool((rows == rows[0]).all()):
         raise NotMapped("its channels change from token to token")
     row_of_channel = rows[0]
     if len(set(row_of_channel.tolist())) != len(row_of_channel):
         raise NotMapped("several of its channels share a value row")
-    if bool(torch.isin(row_of_channel, others).any()):
+    return ValueMap(operand.producer, row_of_channel, attention, operand.constants)
+
+
+def operand_map(gm: GraphModule, product: Node, index: int) -> OperandMap:
+    """Follow the channels of one operand of an attention, or of one of its products.
+
+    Raises `NotMapped` where the operand is not one linear's rows, read by nothing else.
+    """
+    producer = _linear_behind(gm, product.args[index])
+    rows, others = _follow(gm, producer, product, index)
+    if bool(torch.isin(rows, others).any()):
         raise NotMapped("something else reads the values")
     constants = tuple(user for user in producer.users if _is_override(user, producer))
-    return ValueMap(producer, row_of_channel, attention, constants)
+    return OperandMap(producer, rows, constants)
 
 
 def feeds_attention(gm: GraphModule, linear: Node) -> bool:
@@ -109,6 +134,12 @@ def _is_probability(gm: GraphModule, node: object) -> bool:
     return is_call(node, SOFTMAXES)
 
 
+def _is_quantized(gm: GraphModule, node: object) -> bool:
+    while isinstance(node, Node) and is_call(node, SHAPE_ONLY):
+        node = node.args[0]
+    return is_fake_quant(gm, node)
+
+
 def _linear_behind(gm: GraphModule, node: object) -> Node:
     while isinstance(node, Node):
         if is_call(node, {LINEAR}):
@@ -117,12 +148,10 @@ def _linear_behind(gm: GraphModule, node: object) -> Node:
             if argument(node, 2, "bias") is not None and tensor_of(gm, node.args[2]) is None:
                 raise NotMapped("the bias of its values is computed")
             return node
-        if is_fake_quant(gm, node):
-            raise NotMapped("its values are quantized")
         if is_call(node, {aten.where.self}):
             node = node.args[2]
             continue
-        if not is_move(node):
+        if not is_move(node) and not is_fake_quant(gm, node):
             break
         node = node.args[0]
     raise NotMapped("its values do not come from a linear through moves alone")
@@ -147,23 +176,22 @@ def _move(node: Node, env: Env) -> Value:
         raise NotMapped(f"{node.name}: {str(error).splitlines()[0]}") from error
 
 
-def _follow(producer: Node, features: Tensor, attention: Node) -> tuple[Tensor, Tensor]:
-    """Row numbers where the attention reads its values, and those read by anything else."""
-    env: Env = {producer: features}
+def _follow(gm: GraphModule, producer: Node, product: Node, at: int) -> tuple[Tensor, Tensor]:
+    """Row numbers where a product reads one of its operands, and those read by anything else."""
+    env: Env = {producer: _features(gm, producer)}
     values: Tensor | None = None
     others: list[Tensor] = []
-    value_index = 1 if attention.target in MATMULS else 2
     pending = [producer]
     while pending:
         source = pending.pop(0)
         for user in source.users:
-            if user is attention:
+            if user is product:
                 for index, operand in enumerate(user.args):
-                    if operand is source and index == value_index:
+                    if operand is source and index == at:
                         values = env[source]
                     elif operand is source:
                         others.append(env[source].flatten())
-            elif _is_override(user, source):
+            elif _is_override(user, source) or is_fake_quant(gm, user):
                 env[user] = env[source]
                 pending.append(user)
             elif is_move(user):

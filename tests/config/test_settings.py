@@ -81,35 +81,23 @@ def test_a_given_strength_is_the_only_candidate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attention", "a_bits", "decomposed", "quantized", "log_sqrt2_bits", "chosen"),
+    ("attention", "quantized", "log_sqrt2", "chosen"),
     [
-        ("none", 4, False, False, None, False),
-        ("uniform", 4, True, True, None, False),
-        ("log2", 4, True, True, 4, False),
-        (AUTO, 4, True, True, 4, True),
-        (
-            "log2",
-            16,
-            True,
-            True,
-            None,
-            False,
-        ),  # an override may still quantize a product's operands
-        (AUTO, 16, True, True, None, False),
+        ("none", False, False, False),
+        ("uniform", True, False, False),
+        ("log2", True, True, False),
+        (AUTO, True, True, True),
     ],
 )
+# Bits are no part of it: an override may quantize a product's operands where nothing else is.
+@pytest.mark.parametrize("a_bits", [4, 16])
 def test_attention_is_decided_here(
-    attention: str,
-    a_bits: int,
-    decomposed: bool,
-    quantized: bool,
-    log_sqrt2_bits: int | None,
-    chosen: bool,
+    attention: str, quantized: bool, log_sqrt2: bool, chosen: bool, a_bits: int
 ) -> None:
     settings = settings_of(QuantConfig(a_bits=a_bits, attention=attention))
-    assert settings.decompose_attention is decomposed
+    assert settings.decompose_attention is quantized
     assert settings.quantize_attention is quantized
-    assert settings.log_sqrt2_bits == log_sqrt2_bits
+    assert settings.log_sqrt2 is log_sqrt2
     assert settings.choose_softmax is chosen
 
 

@@ -92,7 +92,7 @@ class _Grouped(Block):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (_Shared(), "something else reads the values"),
+        (_Shared(), "something else reads"),
         (_Gated(), "do not come from a linear through moves alone"),
         (_Read(), "something else reads the values"),
         (_Grouped(), "do not come from a linear through moves alone"),
