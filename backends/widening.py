@@ -8,12 +8,15 @@ differs from a half-precision graph by that graph's own rounding, towards the fl
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qwt_fx.batches.precision import HALF
 from qwt_fx.graph.edits import add_tensor
+from qwt_fx.graph.graph_info import graph_info, set_graph_info
 from qwt_fx.graph.nodes import is_call, tensor_of
 from qwt_fx.graph.pass_base import clean_up
 
@@ -46,7 +49,15 @@ def compute_in_float32(gm: GraphModule) -> bool:
             node.args, node.kwargs = args, kwargs
     if changed:
         clean_up(gm)
+        _expect_float32(gm, {str(kind).removeprefix("torch.") for kind in kinds})
     return changed
+
+
+def _expect_float32(gm: GraphModule, kinds: set[str]) -> None:
+    """Note that inputs of these types come in float32 from now on."""
+    info = graph_info(gm)
+    inputs = [replace(i, dtype="float32") if i.dtype in kinds else i for i in info.inputs]
+    set_graph_info(gm, replace(info, inputs=inputs))
 
 
 def _among(value: object, kinds: set[torch.dtype]) -> bool:

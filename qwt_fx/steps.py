@@ -102,10 +102,10 @@ def calibrate(
     compensation = settings_of(config_of(prepared)).compensation
     why = compensation and why_none_compensated(prepared, compensation.kind)
     if why and distributed.ranks.first:
-        if tell is None:
-            warnings.warn(why, stacklevel=2)
-        else:
+        if tell is not None:
             tell(why)
+        elif not graph_info(prepared).compensations:  # fits that would not help are in the report
+            warnings.warn(why, stacklevel=2)
     return prepared
 
 

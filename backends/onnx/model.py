@@ -15,8 +15,10 @@ def store_weights(model: ir.Model, packed: Collection[str]) -> None:
     """Give every integer weight zero points of its own, in its own type; pack the ones named.
 
     PyTorch keeps zero points in int64 and casts them in the graph. One initializer each, because
-    ONNX Runtime's rewrite of int8 weights refuses zero points that two weights share.
+    ONNX Runtime's rewrite of int8 weights refuses zero points that two weights share. A weight that two
+    layers read is stored once.
     """
+    halves: dict[str, ir.Value] = {}
     for node in list(model.graph):
         if node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
             continue
@@ -26,7 +28,9 @@ def store_weights(model: ir.Model, packed: Collection[str]) -> None:
         name, kind = str(codes.name), codes.dtype
         if name in packed:
             kind = _FOUR_BITS[kind]
-            node.replace_input_with(0, _initializer(model, f"{name}_4bit", codes, kind))
+            if name not in halves:
+                halves[name] = _initializer(model, f"{name}_4bit", codes, kind)
+            node.replace_input_with(0, halves[name])
         node.replace_input_with(2, _initializer(model, f"{name}_zero_point", zeros, kind))
     RemoveUnusedNodesPass()(model)
 
@@ -38,7 +42,10 @@ def _source(value: ir.Value) -> ir.Value:
 
 
 def _initializer(model: ir.Model, name: str, source: ir.Value, kind: ir.DataType) -> ir.Value:
-    """An initializer of another type with the values of `source`."""
+    """A new initializer of another type with the values of `source`."""
+    base, number = name, 1
+    while name in model.graph.initializers:
+        name, number = f"{base}_{number}", number + 1
     values = source.const_value.numpy().astype(kind.numpy())
     tensor = ir.tensor(values, dtype=kind, name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=tensor)

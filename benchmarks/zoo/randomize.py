@@ -44,7 +44,7 @@ def _is_norm(module: nn.Module) -> bool:
 def randomize(model: nn.Module, seed: int = 0, x: Tensor | None = None) -> nn.Module:
     """Fill a model's parameters in place and put it into evaluation mode.
 
-    Norms: weight exp(N(0, 1)) over its root mean square, of batch norms U(0.5, 1.5), bias 0.2 N(0, 1).
+    Norms: weight exp(N(0, 1)) over its root mean square, of batch norms U(0.75, 1.25), bias 0.2 N(0, 1).
     Linears, convolutions and fused projections: weight N(0, 0.7 / sqrt(fan in)), bias 0.1 N(0, 1).
     LayerScale: U(0.5, 1).
     Other parameters (tokens, position tables) that are all equal become 0.1 N(0, 1); the rest keep
@@ -72,7 +72,7 @@ def _settle(model: nn.Module, x: Tensor) -> None:
 def _fill(draw: _Draw, module: nn.Module, name: str, parameter: Tensor) -> None:
     if _is_norm(module):
         if name == "weight" and isinstance(module, _BatchNorm):
-            draw.uniform(parameter, 0.5, 1.5)  # of convolutions on one quantizer for all channels
+            draw.uniform(parameter, 0.75, 1.25)  # of convolutions on one quantizer for all channels
         elif name == "weight":
             draw.channel_scales(parameter)
         elif name == "bias":

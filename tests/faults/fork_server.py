@@ -22,6 +22,7 @@ from torch.distributed import TCPStore
 
 import qwt_fx.artifact.artifact
 import qwt_fx.commands.inputs
+import qwt_fx.commands.quantize.pipeline
 import qwt_fx.commands.quantize.quantize
 import qwt_fx.commands.results
 from qwt_fx import api, cli
@@ -37,7 +38,7 @@ NOBODY = 65534
 PHASES: dict[str, tuple[Any, str]] = {
     "load": (qwt_fx.commands.quantize.quantize, "load_model"),
     "read": (qwt_fx.commands.inputs, "load_calibration"),
-    "capture": (api, "capture"),
+    "capture": (qwt_fx.commands.quantize.pipeline, "capture"),
     "calibrate": (api, "calibrate"),
     "compensate": (BlockCompensation, "_block"),
     "convert": (api, "convert"),

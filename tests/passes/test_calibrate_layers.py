@@ -297,7 +297,7 @@ def test_a_single_token_and_constant_inputs_are_survived() -> None:
     model = randomize(Tower(1))
     one = [tokens(1, 1)]
     assert bool(torch.isfinite(_calibrated(model, batches=one)(one[0])).all())
-    constant = [torch.ones(4, 3, WIDTH)]
+    model, constant = randomize(Tower(1)), [torch.ones(4, 3, WIDTH)]
     assert bool(torch.isfinite(_calibrated(model, batches=constant)(constant[0])).all())
 
 

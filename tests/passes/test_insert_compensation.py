@@ -196,7 +196,7 @@ def test_aiming_at_the_floating_point_path_repairs_errors_from_before_the_block(
 def test_noise_is_rejected_on_held_out_samples() -> None:
     """With fewer tokens than channels a fit explains the tokens that made it, and no others."""
     batches = [tokens(3, 2, seed=i) for i in range(2)]  # 12 tokens for 16 channels
-    fresh = tokens(64, 6, seed=99)
+    fresh = tokens(64, 2, seed=99)
     reference, q = _quantized(batches)
     code, before = q.code, q(fresh)
     result = InsertCompensation(reference, batches, half=False)(q)
