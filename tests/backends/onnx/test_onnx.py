@@ -214,6 +214,20 @@ def test_a_module_called_twice_is_two_layers(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) and {"blocks.1.fc2", "blocks.1.fc2@1"} <= set(names)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_that_two_layers_read_is_stored_once(bits: int, tmp_path: Path) -> None:
+    model = randomize(Tower(2))
+    model.blocks[1].out = model.blocks[0].out
+    x, config = tokens(8), QuantConfig(bits, 32, recipe="repq-vit", symmetric_weights=True)
+    q = qwt_fx.quantize(model, (x,), [x], config)
+    path = tmp_path / "twice.onnx"
+    qwt_fx.export(q, path, (x,), pack="int4" if bits == 4 else "auto")
+    assert_same(q, path, x, tokens(3))
+    stored = pytest.importorskip("onnx").load(str(path)).graph.initializer
+    codes = [i.name for i in stored if "out_weight" in i.name]
+    assert len([name for name in codes if "zero_point" not in name and "scale" not in name]) == 1
+
+
 def test_scales_of_positions_multiply_the_integer_product(tmp_path: Path) -> None:
     model, x = randomize(Tower(layers=1)), tokens(3)
     prepared = qwt_fx.prepare(qwt_fx.capture(model, (x,)), QuantConfig(recipe="repq-vit"))
