@@ -18,11 +18,11 @@ from qwt_fx.errors import PreconditionError, first_line
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.graph_source import recompile
+from qwt_fx.graph.input_check import MAX_BATCH
 from qwt_fx.numerics.qparams import dequantize_log_sqrt2
 from qwt_fx.quant import operators as ops
 
 aten = torch.ops.aten
-_MAX_BATCH = 1 << 20
 
 
 def check_exportable(quantized: GraphModule, example_inputs: tuple[Tensor, ...]) -> None:
@@ -47,7 +47,7 @@ def export_program(gm: GraphModule, example_inputs: tuple[Tensor, ...]) -> Expor
     Raises `PreconditionError` where torch.export cannot.
     """
     inputs = tuple(_two_samples(x) for x in example_inputs)
-    sizes: dict[int, Dim] = {0: Dim("batch", min=1, max=_MAX_BATCH)}
+    sizes: dict[int, Dim] = {0: Dim("batch", min=1, max=MAX_BATCH)}
     context = graph_info(gm).context_length
     if context is not None:
         # One below the context, as in qwt_fx.capture: a cut of a whole table would be a case of its

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from qwt_fx.calibrate.paired_walk import PairedWalk
 from qwt_fx.calibrate.position_scales import find_token_scale, histograms_apart, mass_apart
-from qwt_fx.calibrate.value_histogram import CountedValue, count_value
+from qwt_fx.calibrate.value_histogram import CountedValue, best_range, count_value
 from qwt_fx.graph.aten import LINEAR
 from qwt_fx.numerics.range_search import Range, search_range
 from qwt_fx.numerics.rescale_search import Rescale, choose_rescale
 from qwt_fx.numerics.split_histogram import SplitHistogram
 from qwt_fx.quant.fake_quant import FakeQuant
-from qwt_fx.quant.layer_groups import LayerGroup, weight_quantizer
+from qwt_fx.quant.layer_groups import LayerGroup, lowest_weight_bits
 from qwt_fx.quant.rescale import weight_and_bias
 
 # Positions get scales, or the input a product, where that leaves at most this fraction of the error.
@@ -64,11 +64,7 @@ class RangeSearch:
         """The range of all values, moved or not."""
         histogram = self._histogram  # every rank has a part in it
         importance = self._importance(len(histogram.first.total))
-        moves = () if moved is None else moved.apart
-        weights = [importance] * max(len(moves), 1)
-        return self.walk.batches.fitted(
-            Range, lambda: search_range(histogram.mass(weights, moves), self.spec)
-        )
+        return best_range(self.walk, histogram, importance, self.spec, moved)
 
     def apart(self) -> GroupRange | None:
         """The range beside scales of positions; `None` where no position stands out."""
@@ -87,8 +83,7 @@ class RangeSearch:
     def rescale(self, *, shifts: bool, strengths: tuple[float, ...] | None = None) -> Rescale:
         """The rescale of the channels with the least estimated error of the layers' output."""
         candidates = strengths or self.walk.settings.strengths
-        modules = [weight_quantizer(self.walk.gm, n) for n in self.group.layers]
-        bits = min((m.spec.bits for m in modules if m is not None), default=None)
+        bits = lowest_weight_bits(self.walk.gm, self.group.layers)
         histogram, weights = self._histogram, self._weights()
         return self.walk.batches.fitted(
             Rescale,

@@ -7,14 +7,15 @@ values are centred. Then each range is the one that disturbs the product least.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from qwt_fx.calibrate.paired_walk import PairedWalk
-from qwt_fx.calibrate.value_histogram import CountedValue, check_range, count_value
+from qwt_fx.calibrate.value_histogram import CountedValue, best_range, check_range, count_value
 from qwt_fx.graph.nodes import layer_name
 from qwt_fx.graph.pass_base import Change
 from qwt_fx.numerics.product_search import (
@@ -25,7 +26,7 @@ from qwt_fx.numerics.product_search import (
     search_probabilities,
 )
 from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2, QuantSpec
-from qwt_fx.numerics.range_search import Range, search_range
+from qwt_fx.numerics.range_search import Range
 from qwt_fx.numerics.rescale_search import Rescale, choose_rescale
 from qwt_fx.numerics.split_histogram import SplitHistogram
 from qwt_fx.quant.attention_products import (
@@ -37,7 +38,7 @@ from qwt_fx.quant.attention_products import (
 )
 from qwt_fx.quant.channel_map import OperandMap
 from qwt_fx.quant.fake_quant import FakeQuant, fake_quant_of
-from qwt_fx.quant.layer_groups import weight_quantizer
+from qwt_fx.quant.layer_groups import lowest_weight_bits
 from qwt_fx.quant.rescale import divide_constants, divide_rows, undo_in_columns, weight_and_bias
 
 # Probabilities that a search looks at in each batch: many candidates are tried on each.
@@ -55,8 +56,10 @@ def calibrate_product(
     for operand in (product.first, product.second):
         walk.reach(operand.source)
     if product.of_probabilities:
-        yield from _values(walk, product)
-        yield _probabilities(walk, product, choose_softmax=choose_softmax)
+        mapped = channels_of(walk.gm, product.second)
+        readers = None if mapped is None else readers_of(walk.gm, product, mapped)
+        yield from _values(walk, product, mapped, readers)
+        yield _probabilities(walk, product, readers, choose_softmax=choose_softmax)
     else:
         yield from _scores(walk, product)
 
@@ -65,16 +68,16 @@ def _scores(walk: PairedWalk, product: AttentionProduct) -> Iterator[Change]:
     gm, (queries, keys) = walk.gm, (product.first, product.second)
     modules = [fake_quant_of(gm, o.quantizer) for o in (queries, keys)]
     maps = [channels_of(gm, o) for o in (queries, keys)]
-    counted = (_count(walk, queries), _count(walk, keys))
+    counted = (_counted(walk, queries), _counted(walk, keys))
     specs = (_spec(modules[0]), _spec(modules[1]))
     name = layer_name(product.node)
     balance = None
     if walk.settings.fold_values and maps[0] is not None and maps[1] is not None:
 
         def find() -> Balance:
+            q, k = (count() for count in counted)
             return walk.batches.fitted(
-                Balance,
-                lambda: choose_balance(*counted, specs, walk.settings.strengths, shifts=True),
+                Balance, lambda: choose_balance(q, k, specs, walk.settings.strengths, shifts=True)
             )
 
         balance = walk.journal.once(f"balance of {name}", find)
@@ -84,8 +87,9 @@ def _scores(walk: PairedWalk, product: AttentionProduct) -> Iterator[Change]:
         yield Change(name, f"queries balanced with keys, strength {balance.strength:g}")
 
     def ranges() -> tuple[Range, ...]:
+        q, k = (count() for count in counted)
         both = walk.batches.ranks.from_first(
-            lambda: tuple(map(vars, balanced_ranges(*counted, specs, balance)))
+            lambda: tuple(map(vars, balanced_ranges(q, k, specs, balance)))
         )
         return tuple(Range(**found) for found in both)
 
@@ -94,25 +98,27 @@ def _scores(walk: PairedWalk, product: AttentionProduct) -> Iterator[Change]:
         yield Change(module.name, "one range")
 
 
-def _values(walk: PairedWalk, product: AttentionProduct) -> Iterator[Change]:
+def _values(
+    walk: PairedWalk,
+    product: AttentionProduct,
+    mapped: OperandMap | None,
+    readers: OutputReaders | None,
+) -> Iterator[Change]:
     """Move differences between the values' channels into their readers, then set their range."""
     gm, operand = walk.gm, product.second
     module = fake_quant_of(gm, operand.quantizer)
-    mapped = channels_of(gm, operand)
-    readers = None if mapped is None else readers_of(gm, product, mapped)
-    counted, spec = _count(walk, operand), _spec(module)
+    counted, spec = _counted(walk, operand), _spec(module)
     rescale = None
     done = "one range"
     if walk.settings.fold_values and mapped is not None and readers is not None:
         weights = _columns(walk, readers)
-        quantizers = [weight_quantizer(gm, n) for n in readers.linears]
-        bits = min((m.spec.bits for m in quantizers if m is not None), default=None)
+        bits = lowest_weight_bits(gm, readers.linears)
 
         def find() -> Rescale:
-            strengths = walk.settings.strengths
+            histogram, strengths = counted(), walk.settings.strengths
             return walk.batches.fitted(
                 Rescale,
-                lambda: choose_rescale(counted, weights, spec, bits, strengths, shifts=True),
+                lambda: choose_rescale(histogram, weights, spec, bits, strengths, shifts=True),
             )
 
         rescale = walk.journal.once(f"rescale of {mapped.producer.name} for {module.name}", find)
@@ -127,9 +133,7 @@ def _values(walk: PairedWalk, product: AttentionProduct) -> Iterator[Change]:
     importance = _importance(walk, operand, readers)
 
     def search() -> Range:
-        moves = () if rescale is None else rescale.apart
-        weights = [importance] * max(len(moves), 1)
-        return walk.batches.fitted(Range, lambda: search_range(counted.mass(weights, moves), spec))
+        return best_range(walk, counted(), importance, spec, rescale)
 
     found = walk.journal.once(f"range of {module.name}", search)
     module.spec = spec
@@ -137,13 +141,19 @@ def _values(walk: PairedWalk, product: AttentionProduct) -> Iterator[Change]:
     yield Change(module.name, done)
 
 
-def _probabilities(walk: PairedWalk, product: AttentionProduct, *, choose_softmax: bool) -> Change:
+def _probabilities(
+    walk: PairedWalk,
+    product: AttentionProduct,
+    readers: OutputReaders | None,
+    *,
+    choose_softmax: bool,
+) -> Change:
     module = fake_quant_of(walk.gm, product.first.quantizer)
     schemes = (LOG_SQRT2, AFFINE) if choose_softmax else (module.spec.scheme,)
 
     def find() -> tuple[str, Tensor, float]:
         def search() -> ProbabilityRange:
-            return search_probabilities(_samples(walk, product), module.spec, schemes)
+            return search_probabilities(_samples(walk, product, readers), module.spec, schemes)
 
         return tuple(vars(walk.batches.fitted(ProbabilityRange, search)).values())
 
@@ -154,11 +164,11 @@ def _probabilities(walk: PairedWalk, product: AttentionProduct, *, choose_softma
     return Change(module.name, f"{scheme}: squared error of the product {error:.4g}")
 
 
-def _samples(walk: PairedWalk, product: AttentionProduct) -> list[tuple[Tensor, Tensor]]:
+def _samples(
+    walk: PairedWalk, product: AttentionProduct, readers: OutputReaders | None
+) -> list[tuple[Tensor, Tensor]]:
     """Probabilities of some queries and the values they weigh, of this rank's batches."""
     queries, values = product.first, product.second
-    mapped = channels_of(walk.gm, values)
-    readers = None if mapped is None else readers_of(walk.gm, product, mapped)
     size = _importance(walk, values, readers).sqrt()
     samples = []
     for index, p in enumerate(walk.values(queries.source)):
@@ -193,14 +203,18 @@ def _spec(module: FakeQuant) -> QuantSpec:
     return replace(module.spec.per_tensor(), include_zero=True)
 
 
-def _count(walk: PairedWalk, operand: Operand) -> SplitHistogram:
+def _counted(walk: PairedWalk, operand: Operand) -> Callable[[], SplitHistogram]:
+    """The operand's histogram, counted when first asked for.
+
+    Before anything moves, and not at all where the journal knows what comes of it.
+    """
     name = fake_quant_of(walk.gm, operand.quantizer).name
     # Keys and values of position 0 are read by all others, constants or not; its query is by nobody's.
     first = operand.index == 1
     counted = CountedValue(
         name, operand.source, operand.tokens, True, first, operand.rows, operand.flags
     )
-    return count_value(walk, counted)
+    return cache(partial(count_value, walk, counted))
 
 
 def _divide(

@@ -1,4 +1,4 @@
-"""Histograms of one value over all calibration batches, the samples in two splits."""
+"""Histograms of one value over all calibration batches, the samples in two splits, and its range."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from qwt_fx.calibrate.paired_walk import PairedWalk
 from qwt_fx.errors import DataError
 from qwt_fx.graph.sample_ids import sample_ids
 from qwt_fx.numerics.histogram import LARGEST, Histogram
+from qwt_fx.numerics.qparams import QuantSpec
+from qwt_fx.numerics.range_search import Range, search_range
+from qwt_fx.numerics.rescale_search import Rescale
 from qwt_fx.numerics.split_histogram import SplitHistogram
 
 
@@ -81,6 +84,22 @@ def count_value(walk: PairedWalk, value: CountedValue) -> SplitHistogram:
     for split, part in walk.batches.in_order(parts):
         splits[split].merge(part)
     return SplitHistogram(*splits)
+
+
+def best_range(
+    walk: PairedWalk,
+    histogram: SplitHistogram,
+    importance: Tensor,
+    spec: QuantSpec,
+    moved: Rescale | None,
+) -> Range:
+    """The range of counted values, moved or not, that disturbs least.
+
+    importance: what a squared error of each channel counts, moved or not, (channels,) float64.
+    """
+    moves = () if moved is None else moved.apart
+    weights = [importance] * max(len(moves), 1)
+    return walk.batches.fitted(Range, lambda: search_range(histogram.mass(weights, moves), spec))
 
 
 def check_range(x: Tensor, name: str) -> None:

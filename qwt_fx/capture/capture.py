@@ -32,13 +32,11 @@ from qwt_fx.capture.wrappers import unwrapped
 from qwt_fx.errors import CaptureError
 from qwt_fx.graph.aten import SDPA
 from qwt_fx.graph.graph_info import GraphInfo, graph_info, has_graph_info, set_graph_info
-from qwt_fx.graph.input_check import inputs_of
+from qwt_fx.graph.input_check import MAX_BATCH, inputs_of
 from qwt_fx.graph.nodes import argument, compute_nodes, strip_weight
 from qwt_fx.text.end_of_text import find_end_of_text
 from qwt_fx.text.text_length import record_full_length, text_ids
 from qwt_fx.text.token_ids import NotProved
-
-_MAX_BATCH = 1 << 20
 
 
 def _export(
@@ -49,7 +47,7 @@ def _export(
     strict: bool,
     length: object = None,
 ) -> ExportedProgram:
-    batch = Dim("batch", min=1, max=_MAX_BATCH)
+    batch = Dim("batch", min=1, max=MAX_BATCH)
     values = dict(zip(names, (*args, *kwargs.values()), strict=True))
     sizes = {0: batch} if length is None else {0: batch, 1: length}
     dynamic = {

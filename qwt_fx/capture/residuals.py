@@ -32,9 +32,8 @@ class Flow:
 
     def __init__(self, gm: GraphModule) -> None:
         self._at: dict[Node, int] = {}
-        self._above: dict[
-            Node, int
-        ] = {}  # a bit for each node it is computed from, itself included
+        # A bit for each node that it is computed from, itself included.
+        self._above: dict[Node, int] = {}
         inputs = 0
         for at, node in enumerate(gm.graph.nodes):
             self._at[node] = at

@@ -56,12 +56,12 @@ def _shown(size: Any) -> str:
     if isinstance(size, int):
         return str(size)
     _, least, most = size
-    bounded = most is not None and most < _UNBOUNDED
+    bounded = most is not None and most < MAX_BATCH
     limits = [f"at least {least}"] * (least > 1) + [f"at most {most}"] * bounded
     return " and ".join(limits) or "n"
 
 
-_UNBOUNDED = 1 << 20  # what capture allows for a batch
+MAX_BATCH = 1 << 20  # what capture and export allow for a batch
 
 
 def inputs_of(gm: GraphModule) -> list[Input]:
@@ -183,9 +183,7 @@ def _sizes_fit(wanted: Sequence[Any], shape: Sequence[Any]) -> bool:
         if isinstance(size, int):
             if size != got:
                 return False
-        elif isinstance(
-            got, int
-        ):  # what is traced with a symbol keeps the range its tracer gave it
+        elif isinstance(got, int):  # a symbol keeps the range that its tracer gave it
             _, least, most = size
             if (least > 1 and got < least) or (most is not None and got > most):
                 return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,12 @@ def weight_quantizer(gm: GraphModule, layer: Node) -> FakeQuant | None:
     """The quantizer of a layer's weight."""
     node = layer.args[1]
     return fake_quant_of(gm, node) if isinstance(node, Node) and is_fake_quant(gm, node) else None
+
+
+def lowest_weight_bits(gm: GraphModule, layers: Iterable[Node]) -> int | None:
+    """The fewest bits of the layers' weights; `None` where none is quantized."""
+    modules = [weight_quantizer(gm, layer) for layer in layers]
+    return min((m.spec.bits for m in modules if m is not None), default=None)
 
 
 def can_be_rows(layer: Node) -> bool:
