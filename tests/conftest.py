@@ -52,7 +52,7 @@ def pytest_configure() -> None:
     socket.getaddrinfo = _resolve_locally
     # As many as the smallest machine that runs the tests has; more only adds noise to small sizes.
     alone = "PYTEST_XDIST_WORKER" not in os.environ
-    torch.set_num_threads(min(2, os.cpu_count() or 1) if alone else 1)
+    torch.set_num_threads(min(2, torch.get_num_threads()) if alone else 1)  # OMP_NUM_THREADS: fewer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ from qwt_fx.graph.runner import Env, execute, run_all
 from qwt_fx.measure.measure import clipped_fraction
 from qwt_fx.measure.sensitivity import OutputProbe
 from qwt_fx.quant import torch_ao
-from qwt_fx.quant.quantizers import Quantizer, quantizer_at
+from qwt_fx.quant.quantizers import CASTS, Quantizer, quantizer_at
 
 BINS = 72
 
@@ -99,7 +99,7 @@ def _quantize_node(operand: object) -> Node | None:
                 assert isinstance(source, Node)
                 return source
             return None
-        if not is_call(node, SHAPE_ONLY | {torch.ops.aten.mul.Tensor}):
+        if not is_call(node, SHAPE_ONLY | CASTS | {torch.ops.aten.mul.Tensor}):
             return None
         node = node.args[0]
     return None
@@ -112,7 +112,7 @@ def _statistics(gm: GraphModule, layer: Node, env: Env, exact: Tensor | None) ->
     x = env[source] if exact is None else exact
     error = None
     if exact is not None and exact.shape == env[source].shape and _plain(source):
-        wanted: Tensor = execute(gm, layer, env | {source: exact})
+        wanted: Tensor = execute(gm, layer, env | {source: exact.to(env[source].dtype)})
         noise = (execute(gm, layer, env) - wanted).square().sum(dtype=torch.float64)
         error = float(noise / wanted.square().sum(dtype=torch.float64).clamp_min(1e-300))
     rows = x.float().reshape(-1, x.shape[-1]) if x.dim() != 4 else x.float().flatten(2)
@@ -128,7 +128,7 @@ def _statistics(gm: GraphModule, layer: Node, env: Env, exact: Tensor | None) ->
 
 def _plain(source: Node) -> bool:
     """Whether a layer reads a dequantized value as it is, without scales of positions."""
-    while is_call(source, SHAPE_ONLY):
+    while is_call(source, SHAPE_ONLY | CASTS):
         source = source.args[0]  # type: ignore[assignment]
     return is_call(source, {torch_ao.DEQUANTIZE_PER_TENSOR})
 
@@ -152,6 +152,8 @@ def weight_histograms(gm: GraphModule) -> dict[str, LevelHistogram]:
     histograms = {}
     for layer in weight_layers(gm):
         node = layer.args[1]
+        while is_call(node, CASTS):
+            node = node.args[0]  # type: ignore[union-attr]
         if not is_call(node, {torch_ao.DEQUANTIZE_PER_CHANNEL}):
             continue
         assert isinstance(node, Node)

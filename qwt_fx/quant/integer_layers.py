@@ -21,12 +21,12 @@ from torch.fx import GraphModule, Node
 from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, SHAPE_ONLY
 from qwt_fx.graph.nodes import compute_nodes, is_call, layer_name, tensor_of
 from qwt_fx.quant import torch_ao
+from qwt_fx.quant.quantizers import CASTS
 from qwt_fx.text.text_length import uncut
 
 aten = torch.ops.aten
 _QUANTIZE = frozenset({torch_ao.QUANTIZE_PER_TENSOR})
 _DEQUANTIZE = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
-_CASTS = frozenset({aten.to.dtype})
 _DEQUANTIZE_ROWS = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})
 
 
@@ -116,7 +116,7 @@ def _layer(gm: GraphModule, node: Node) -> IntegerLayer | FloatLayer:
         return FloatLayer(name, node, "its input is not quantized per tensor")
     bias = node.args[2] if len(node.args) > 2 else None
     cast = node.args[1]
-    dtype = cast.args[1] if is_call(cast, _CASTS) else torch.float32  # type: ignore[union-attr]
+    dtype = cast.args[1] if is_call(cast, CASTS) else torch.float32  # type: ignore[union-attr]
     assert isinstance(dtype, torch.dtype)  # the second argument of to.dtype
     return IntegerLayer(
         name, node, activation, weight, bias if isinstance(bias, Node) else None, dtype
@@ -162,4 +162,4 @@ def weight_of(gm: GraphModule, node: Any) -> IntegerWeight | None:
 
 def _uncast(node: Any) -> Any:
     """What a value of a half-precision model was before its cast: q/dq compute in float32."""
-    return node.args[0] if is_call(node, _CASTS) else node
+    return node.args[0] if is_call(node, CASTS) else node

@@ -31,6 +31,7 @@ _PER_TENSOR = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
 _PER_CHANNEL = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})
 _LOG = frozenset({ops.DEQUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_LOG_SQRT2})
 _ORIGINAL = frozenset({ops.FAKE_QUANTIZE_AFFINE})
+CASTS = frozenset({torch.ops.aten.to.dtype})  # behind q/dq, which compute in float32
 _COMPENSATION = re.compile(r"(.*)\.compensation(?:\.down|\.up)?")
 
 
@@ -49,8 +50,9 @@ def _bits(quant_max: object) -> int:
 
 
 def quantizer_at(gm: GraphModule, node: object) -> Quantizer | None:
-    """The quantizer whose output this value is, through ops that only move elements."""
-    while isinstance(node, Node) and (is_call(node, SHAPE_ONLY) or _is_token_scale(gm, node)):
+    """The quantizer whose output this value is, through moves of elements and half precision's casts."""
+    through = SHAPE_ONLY | CASTS
+    while isinstance(node, Node) and (is_call(node, through) or _is_token_scale(gm, node)):
         node = node.args[0]
     if not isinstance(node, Node):
         return None

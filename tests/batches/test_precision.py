@@ -12,9 +12,12 @@ from torch import Tensor
 import qwt_fx
 from qwt_fx import QuantConfig
 from qwt_fx.batches.precision import to_device, wide
+from qwt_fx.inspect.report import layer_rows
+from qwt_fx.measure.layer_statistics import layer_statistics, weight_histograms
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.numerics.regression import Moments
 from qwt_fx.numerics.second_moments import LayerSums
+from qwt_fx.quant.quantizers import qparams
 
 
 def test_only_half_precision_is_widened() -> None:
@@ -62,6 +65,25 @@ def test_quantizing_in_bf16_takes_statistics_in_float32(
     assert seen == {torch.float32}
     in_full = quantized_in(torch.float32, "cpu", recipe)
     assert in_half > min(in_full, 30.0) - 6.0  # bf16 itself has 8 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantizers_are_found_behind_the_casts_of_half_precision(dtype: torch.dtype) -> None:
+    """Reports, histograms and own errors name the same layers as in float32."""
+    x = toys.tokens(8)
+    config = QuantConfig(6, 6, recipe="repq-vit", attention="log2")
+    found = []
+    for kind in (torch.float32, dtype):
+        model, batch = toys.randomize(toys.Tower(layers=1)).to(kind), x.to(kind)
+        q = qwt_fx.quantize(model, (batch,), [batch], config)
+        rows = [(r["name"], r["w_bits"], r["a_bits"]) for r in layer_rows(q, "tower")]
+        statistics = layer_statistics(q, (batch,))
+        own = {name for name, one in statistics.items() if one.error is not None}
+        clipped = {name for name, one in statistics.items() if one.clipped is not None}
+        steps = {name: h.levels for name, h in weight_histograms(q).items()}
+        found.append((rows, qparams(q).keys(), own, clipped, steps))
+    assert found[0] == found[1]
+    assert found[0][2] and all(found[0])
 
 
 @pytest.mark.gpu

@@ -190,14 +190,16 @@ def test_every_pair_of_settings_and_flags_gives_a_page(words: list[str], tmp_pat
 @pytest.mark.parametrize("towers", SETTINGS["towers"])
 def test_every_combination_gives_a_page(
     towers: str, recipe: str, compensation: str, attention: str, precision: str,
-    words: list[str], tmp_path: Path,
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """Of the artifact; models that `inspect` quantizes, and its stages, have every pair above."""
+    monkeypatch.setattr(inspect_data.api, "quantize", lambda floating, *args: floating)
     values = (towers, recipe, compensation, attention, precision)
     settings = dict(zip(SETTINGS, values, strict=True))
     artifact, page = tmp_path / "artifact", tmp_path / "page.html"
     assert main(["quantize", *words, *settings_words(settings), "--output", str(artifact)]) == 0
-    for of, model, data in itertools.product(("artifact", "model"), (True, False), (True, False)):
+    for model, data in itertools.product((True, False), repeat=2):
         row = settings | {
-            "of": of, "model": model, "data": data, "stages": True, "html": True, "order": True
+            "of": "artifact", "model": model, "data": data, "stages": True, "html": True, "order": True
         }  # fmt: skip
         check(row, artifact, words, page)
