@@ -1,6 +1,9 @@
 """RepQ-ViT and QwT on models that no pass was prepared for: random weights, one table.
 
+`--published`: at published sizes instead, 8/8 beside the model's own sensitivity (`zoo/published.py`).
+
 usage: python benchmarks/model_zoo.py [--models GLOB ...] [--samples 128] [--batch 128] [--seed 0]
+           [--published]
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from common import machine, write_results
 from tabulate import tabulate
 from zoo.measure import Figures, measure
 from zoo.models import ZOO
+from zoo.published import PUBLISHED, SAMPLES, measure_published
 
 HEADERS = (
     "model", "M param.", "blocks", "blocks' share", "norms moved", "norms skipped", "layers",
@@ -49,8 +53,12 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--published", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.published:
+        published(args)
+        return
     chosen = [e for e in ZOO if any(fnmatch.fnmatchcase(e.name, g) for g in args.models)]
     found = []
     for entry in chosen:
@@ -66,9 +74,26 @@ def main() -> None:
         for reason, count in figures.skipped.items():
             print(f"{figures.model}: {count} norms skipped: {reason}")
     if args.models == ["*"]:
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        known = {"machine": machine(), "versions": versions} | vars(args)
-        write_results("model_zoo", known | {"models": [f.to_dict() for f in found]})
+        write_results("model_zoo", known(args) | {"models": [f.to_dict() for f in found]})
+
+
+def published(args: argparse.Namespace) -> None:
+    """The table of published sizes."""
+    rows = []
+    for entry in PUBLISHED:
+        if any(fnmatch.fnmatchcase(entry.name, g) for g in args.models):
+            rows.append(measure_published(entry, args.seed).to_dict())
+            print(tabulate(rows[-1:], floatfmt=".1f", tablefmt="plain"), flush=True)
+    print(tabulate(rows, headers="keys", floatfmt=".1f"))
+    if args.models == ["*"]:
+        args.samples = args.batch = SAMPLES
+        write_results("model_zoo_published", known(args) | {"models": rows})
+
+
+def known(args: argparse.Namespace) -> dict[str, object]:
+    """Where and how the figures were measured."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"machine": machine(), "versions": versions} | vars(args)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def _clip_text(name: str) -> Callable[[], nn.Module]:
     return lambda: _open_clip(name, image=False, **changes)
 
 
-def _timm(name: str, **changes: Any) -> Callable[[], nn.Module]:
+def timm_model(name: str, **changes: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import timm
 
@@ -169,30 +169,36 @@ ZOO: tuple[Entry, ...] = (
     Entry(
         "open_clip timm tower", _clip_image("vit_medium_patch16_gap_256", **_HYBRID), images(224)
     ),
-    Entry("timm vit_tiny", _timm("vit_tiny_patch16_224", img_size=64), images(64)),
-    Entry("timm vit_small", _timm("vit_small_patch32_224", img_size=128), images(128)),
-    Entry("timm vit_base", _timm("vit_base_patch32_224", img_size=128, depth=4), images(128)),
-    Entry("timm deit", _timm("deit_tiny_distilled_patch16_224", img_size=64), images(64)),
-    Entry("timm deit3", _timm("deit3_small_patch16_224", img_size=64, depth=6), images(64)),
-    Entry("timm beit", _timm("beit_base_patch16_224", img_size=64, depth=4), images(64)),
-    Entry("timm swin", _timm("swin_tiny_patch4_window7_224", **_SWIN), images(56)),
-    Entry("timm swinv2", _timm("swinv2_tiny_window8_256", **_SWIN2), images(96)),
-    Entry("timm eva02", _timm("eva02_tiny_patch14_224", img_size=70, depth=6), images(70)),
-    Entry("timm cait", _timm("cait_xxs24_224", img_size=64, depth=6), images(64)),
-    Entry("timm xcit", _timm("xcit_nano_12_p16_224", img_size=64, depth=4), images(64), fast=True),
-    Entry("timm vit_relpos", _timm("vit_relpos_small_patch16_224", **_DEPTH_6), images(64)),
-    Entry("timm dinov3", _timm("vit_small_patch16_dinov3", img_size=64, depth=4), images(64)),
-    Entry("timm pvt_v2", _timm("pvt_v2_b0"), images(128)),
-    Entry("timm vit_tiny, RMSNorm", _timm("vit_tiny_patch16_224", **_RMS), images(64), fast=True),
+    Entry("timm vit_tiny", timm_model("vit_tiny_patch16_224", img_size=64), images(64)),
+    Entry("timm vit_small", timm_model("vit_small_patch32_224", img_size=128), images(128)),
+    Entry("timm vit_base", timm_model("vit_base_patch32_224", img_size=128, depth=4), images(128)),
+    Entry("timm deit", timm_model("deit_tiny_distilled_patch16_224", img_size=64), images(64)),
+    Entry("timm deit3", timm_model("deit3_small_patch16_224", img_size=64, depth=6), images(64)),
+    Entry("timm beit", timm_model("beit_base_patch16_224", img_size=64, depth=4), images(64)),
+    Entry("timm swin", timm_model("swin_tiny_patch4_window7_224", **_SWIN), images(56)),
+    Entry("timm swinv2", timm_model("swinv2_tiny_window8_256", **_SWIN2), images(96)),
+    Entry("timm eva02", timm_model("eva02_tiny_patch14_224", img_size=70, depth=6), images(70)),
+    Entry("timm cait", timm_model("cait_xxs24_224", img_size=64, depth=6), images(64)),
+    Entry(
+        "timm xcit", timm_model("xcit_nano_12_p16_224", img_size=64, depth=4), images(64), fast=True
+    ),
+    Entry("timm vit_relpos", timm_model("vit_relpos_small_patch16_224", **_DEPTH_6), images(64)),
+    Entry("timm dinov3", timm_model("vit_small_patch16_dinov3", img_size=64, depth=4), images(64)),
+    Entry("timm pvt_v2", timm_model("pvt_v2_b0"), images(128)),
+    Entry(
+        "timm vit_tiny, RMSNorm", timm_model("vit_tiny_patch16_224", **_RMS), images(64), fast=True
+    ),
     Entry(
         "timm pe_core at 128",
-        _timm("vit_pe_core_tiny_patch16_384", img_size=128, depth=4),
+        timm_model("vit_pe_core_tiny_patch16_384", img_size=128, depth=4),
         images(128),
     ),
-    Entry("timm eva02 at 98", _timm("eva02_tiny_patch14_336", img_size=98, depth=4), images(98)),
+    Entry(
+        "timm eva02 at 98", timm_model("eva02_tiny_patch14_336", img_size=98, depth=4), images(98)
+    ),
     Entry(
         "timm siglip2 at 128",
-        _timm("vit_base_patch32_siglip_256", img_size=128, depth=4),
+        timm_model("vit_base_patch32_siglip_256", img_size=128, depth=4),
         images(128),
     ),
     Entry("transformers DINOv3ViTModel", _hf("DINOv3ViTModel", **_HF_VISION), images(64)),

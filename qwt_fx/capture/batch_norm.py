@@ -25,7 +25,7 @@ from qwt_fx.graph.sample_ids import resolve, run_move
 
 aten = torch.ops.aten
 _FUNCTIONAL = aten._native_batch_norm_legit_no_training.default
-_LAYERS = CONVOLUTIONS | {LINEAR, aten.conv3d.default}
+_LAYERS = CONVOLUTIONS | {LINEAR, aten.conv3d.default, aten.conv3d.padding}
 _SIZES = frozenset({aten.sym_size.int, aten.sym_numel.default})
 _LIKE = frozenset({aten.reshape_as.default, aten.view_as.default, aten.expand_as.default})
 _BATCH = 2  # stands for every symbol of a size

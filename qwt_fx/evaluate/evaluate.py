@@ -27,6 +27,7 @@ from qwt_fx.evaluate.metrics import (
     topk_correct,
     wilson_interval,
 )
+from qwt_fx.graph.conditions import plain_conditions
 from qwt_fx.measure.measure import sqnr_db
 from qwt_fx.text.text_length import trim
 
@@ -86,6 +87,7 @@ def finite_features(features: Tensor, what: str) -> Tensor:
     return features
 
 
+@plain_conditions()
 def image_features(
     tower: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -129,6 +131,7 @@ def _from(
     return itertools.islice(batches, first, None, step)
 
 
+@plain_conditions()
 def text_features(
     tower: nn.Module,
     tokens: Tensor,
@@ -159,6 +162,7 @@ def text_features(
     return kept.stacked()["features"] if ranks.first else torch.empty(0, 0)
 
 
+@plain_conditions()
 def zero_shot(
     features: Features,
     templates: int,
@@ -182,6 +186,7 @@ def zero_shot(
     return ZeroShot(torch.cat(predictions), torch.cat(top1), torch.cat(top5), features.labels)
 
 
+@plain_conditions()
 def compare(
     reference: Features,
     quantized: Features,
@@ -204,6 +209,7 @@ def compare(
     }
 
 
+@plain_conditions()
 def embedding_sqnr(
     pairs: Mapping[str, tuple[Tensor, Tensor]], towers: Iterable[str]
 ) -> dict[str, float | None]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qwt_fx.errors import DataError
+from qwt_fx.graph.conditions import plain_conditions
 
 KS = (1, 5, 10)
 IMAGE_RETRIEVAL, TEXT_RETRIEVAL = "image_retrieval_recall", "text_retrieval_recall"
@@ -36,6 +37,7 @@ _HELD = 1 << 22
 _GRID = 2.0**25
 
 
+@plain_conditions()
 def retrieval_recalls(
     image: Tensor, text: Tensor, owner: Tensor, ks: Sequence[int] = KS, held: int = _HELD
 ) -> dict[str, float]:
@@ -68,6 +70,7 @@ def check_owners(images: int, text: Tensor, owner: Tensor) -> None:
         raise DataError(f"retrieval: {images} images, but texts of {int((counts > 0).sum())}")
 
 
+@plain_conditions()
 def recall_at(
     queries: Tensor,
     gallery: Tensor,

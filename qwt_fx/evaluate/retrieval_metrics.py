@@ -40,6 +40,7 @@ from qwt_fx.evaluate.retrieval import (
     recall_at,
     retrieval_recalls,
 )
+from qwt_fx.graph.conditions import plain_conditions
 
 FP32, QUANTIZED = "fp32", "quantized"
 # (model of the queries, model of the gallery)
@@ -83,6 +84,7 @@ class PairFeatures:
         return dict(zip(RETRIEVAL_COUNTS, (images, n, self.skipped, shared), strict=True))
 
 
+@plain_conditions()
 def pair_features(
     reader: RetrievalReader,
     models: Mapping[str, Mapping[str, nn.Module]],
@@ -170,6 +172,7 @@ def _first_equal(identities: Tensor) -> Tensor:
     return first[group]
 
 
+@plain_conditions()
 def retrieval_metrics(features: PairFeatures, towers: Sequence[str]) -> JsonObject:
     """The retrieval part of the `metrics` entry of report.json.
 

@@ -11,14 +11,18 @@ LAYER_NORM = aten.layer_norm.default
 RMS_NORM = aten.rms_norm.default
 SDPA = aten.scaled_dot_product_attention.default
 CONVOLUTIONS = frozenset(
-    {aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.convolution.default}
-)
+    {
+        aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
+        aten.convolution.default,
+    }
+)  # fmt: skip
 MATMULS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default, aten.einsum.default})
 # Products that no pass quantizes; they are listed so that none goes unreported.
 OTHER_PRODUCTS = frozenset(
     {
-        aten.conv3d.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
-        aten.addmm.default, aten.addmv.default, aten.baddbmm.default, aten.mv.default,
+        aten.conv3d.default, aten.conv3d.padding, aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.addmm.default,
+        aten.addmv.default, aten.baddbmm.default, aten.mv.default, aten.dot.default,
         aten.bilinear.default,
     }
 )  # fmt: skip

@@ -8,8 +8,16 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from qwt_fx.evaluate.evaluate import Features, ZeroShot, compare
+from qwt_fx.evaluate.evaluate import (
+    Features,
+    ZeroShot,
+    compare,
+    image_features,
+    text_features,
+    zero_shot,
+)
 from qwt_fx.evaluate.metrics import mcnemar, mean_per_class_recall, paired_drop_interval
+from qwt_fx.evaluate.retrieval import recall_at, retrieval_recalls
 
 
 def test_mean_per_class_recall_is_balanced_accuracy() -> None:
@@ -44,3 +52,24 @@ def test_the_paired_test_is_part_of_the_comparison() -> None:
         "only_fp32": 5, "only_quantized": 1, "p": pytest.approx(2 * 7 / 64)
     }  # fmt: skip
     assert found["agreement"] == 2 / 8
+
+
+def test_the_callers_autocast_changes_nothing() -> None:
+    """Embeddings, similarities and what is counted of them: in the towers' own precision."""
+    generator = torch.Generator().manual_seed(0)
+    images, tower = torch.randn(40, 16, generator=generator), torch.nn.Linear(16, 8)
+    words, labels = torch.nn.Embedding(50, 8), torch.arange(40)
+    text = torch.nn.Sequential(words, torch.nn.Flatten(1), torch.nn.Linear(24, 8))
+    ids = torch.randint(0, 50, (40, 3), generator=generator)
+
+    def evaluated() -> list[object]:
+        image, _ = image_features(tower, [(images, labels)])
+        prompts = text_features(text, ids)
+        outcome = zero_shot(Features(image, prompts, labels), 1)
+        recalls = retrieval_recalls(image, prompts, labels)
+        return [image.tolist(), prompts.tolist(), outcome.predictions.tolist(), recalls,
+                recall_at(image, prompts, labels, labels)]  # fmt: skip
+
+    wanted = evaluated()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluated() == wanted
