@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qwt_fx.data.decoding import Pixels, Transform, Undecodable, decode_in_order
 from qwt_fx.data.sample_keys import USUAL, SampleKeys
 from qwt_fx.data.samples import FilePair
 from qwt_fx.errors import ConfigError, DataError
+
+_NAMED = 3  # of many
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class ImageFiles:
     files: tuple[tuple[str, int], ...]
 
 
+def _holds_image(directory: str) -> bool:
+    """Whether torchvision would find an image below a directory."""
+    files = (name for *_, names in os.walk(directory, followlinks=True) for name in names)
+    return any(name.lower().endswith(IMG_EXTENSIONS) for name in files)
+
+
 def list_images(directory: str | os.PathLike[str]) -> ImageFiles:
     """The class folders of `directory` and their images.
 
@@ -46,12 +55,18 @@ def list_images(directory: str | os.PathLike[str]) -> ImageFiles:
     try:
         images = ImageFolder(path)
     except FileNotFoundError as error:
-        # torchvision's two messages: no class folders, or no images in some of them.
-        if not any(entry.is_dir() for entry in os.scandir(path)):
+        # torchvision's two messages: no class folders, or no images in some of them (naming each).
+        classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        if not classes:
             raise DataError(
                 f"{path}: holds no class folders; wanted a folder of images a class"
             ) from error
-        raise DataError(f"{path}: {error}") from error
+        empty = [name for name in classes if not _holds_image(os.path.join(path, name))]
+        named = ", ".join(empty[:_NAMED]) + (", ..." if len(empty) > _NAMED else "")
+        raise DataError(
+            f"{path}: {len(empty)} of {len(classes)} class folders hold no image ({named}); wanted "
+            f"at least one each, of {', '.join(IMG_EXTENSIONS)}"
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     return ImageFiles(path, tuple(images.classes), tuple(images.samples))

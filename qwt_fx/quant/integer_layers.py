@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from qwt_fx.graph.aten import CONVOLUTIONS, LINEAR, SHAPE_ONLY
 from qwt_fx.graph.nodes import compute_nodes, is_call, layer_name, tensor_of
 from qwt_fx.quant import torch_ao
-from qwt_fx.quant.quantizers import CASTS
+from qwt_fx.quant.quantizers import CASTS, quantizer_at
 from qwt_fx.text.text_length import uncut
 
 aten = torch.ops.aten
@@ -108,12 +108,9 @@ def _layer(gm: GraphModule, node: Node) -> IntegerLayer | FloatLayer:
         if any(tensor_of(gm, _uncast(operand)) is not None for operand in node.args[:2]):
             return FloatLayer(name, node, "its parameter is not quantized")
         return FloatLayer(name, node, "a product of activations, not of an activation and a weight")
-    weight = weight_of(gm, node.args[1])
-    if weight is None:
-        return FloatLayer(name, node, "its weight is not quantized per row")
-    activation = input_of(gm, node.args[0])
-    if activation is None:
-        return FloatLayer(name, node, "its input is not quantized per tensor")
+    weight, activation = weight_of(gm, node.args[1]), input_of(gm, node.args[0])
+    if weight is None or activation is None:
+        return FloatLayer(name, node, _why_not(gm, node, weight is None))
     bias = node.args[2] if len(node.args) > 2 else None
     cast = node.args[1]
     dtype = cast.args[1] if is_call(cast, CASTS) else torch.float32  # type: ignore[union-attr]
@@ -121,6 +118,16 @@ def _layer(gm: GraphModule, node: Node) -> IntegerLayer | FloatLayer:
     return IntegerLayer(
         name, node, activation, weight, bias if isinstance(bias, Node) else None, dtype
     )
+
+
+def _why_not(gm: GraphModule, node: Node, weight: bool) -> str:
+    """What a layer lacks; `weight`: its weight does, not its input alone."""
+    floating = [quantizer_at(gm, operand) is None for operand in node.args[:2]]
+    if all(floating):
+        return "it is not quantized"
+    if floating[weight]:
+        return f"its {'weight' if weight else 'input'} is not quantized"
+    return f"its {'weight is not quantized per row' if weight else 'input is not quantized per tensor'}"
 
 
 def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:

@@ -62,8 +62,21 @@ def test_folders_without_classes_or_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no class folders"):
         open_validation(tmp_path, transform, 1, 0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no valid file for the classes empty"):
+    with pytest.raises(DataError, match=r"1 of 1 class folders hold no image \(empty\); wanted"):
         open_validation(tmp_path, transform, 1, 0)
+
+
+def test_many_empty_class_folders_are_one_line(tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"n{number:08}").mkdir()
+    (tmp_path / "n00000001" / "deeper").mkdir()
+    (tmp_path / "n00000001" / "deeper" / "0.PNG").write_bytes(image_bytes(1))
+    with pytest.raises(DataError) as raised:
+        open_validation(tmp_path, transform, 1, 0)
+    said = str(raised.value).removeprefix(str(tmp_path))
+    assert "999 of 1000 class folders" in said
+    assert "(n00000000, n00000002, n00000003, ...)" in said
+    assert len(said) < 200 and "\n" not in said
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (1, -1)])

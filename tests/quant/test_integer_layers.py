@@ -71,7 +71,7 @@ def test_symmetric_weights_fit_int8_and_asymmetric_ones_say_that_they_do_not() -
 def test_products_left_in_floating_point_have_a_reason() -> None:
     q, _ = _quantized(recipe="best", overrides={"*.0.mlp.c_fc": "skip", "*.1.mlp.c_fc": "w8a16"})
     reasons = {la.name: la.reason for la in layers_to_lower(q) if isinstance(la, FloatLayer)}
-    assert "weight is not quantized" in reasons["transformer.resblocks.0.mlp.c_fc"]
+    assert "it is not quantized" == reasons["transformer.resblocks.0.mlp.c_fc"]
     assert "input is not quantized" in reasons["transformer.resblocks.1.mlp.c_fc"]
     assert reasons["proj"] == "its parameter is not quantized"
     assert "product of activations" in reasons["transformer.resblocks.0.attn"]
@@ -81,3 +81,17 @@ def test_a_model_without_integer_kernels_is_not_called_one() -> None:
     refuse_if_float([LayerKernel("a", True, "k"), LayerKernel("b", False, "k", "no")], "m")
     with pytest.raises(PreconditionError, match=r"m: no layer runs in an integer kernel .*no"):
         refuse_if_float([LayerKernel("b", False, "k", "no")], "m")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"overrides": {"*": "skip"}}, "it is not quantized"),
+        ({"w_bits": 32}, "its weight is not quantized"),
+        ({"a_bits": 32}, "its input is not quantized"),
+    ],
+)
+def test_what_a_layer_lacks_is_said(fields: dict[str, object], said: str) -> None:
+    q, _ = _quantized(recipe="repq-vit", **fields)
+    reasons = {la.name: la.reason for la in layers_to_lower(q) if isinstance(la, FloatLayer)}
+    assert {r for name, r in reasons.items() if "mlp" in name or "conv1" in name} == {said}
