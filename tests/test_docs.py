@@ -27,6 +27,7 @@ import qwt_fx.passes
 from qwt_fx.artifact.graph_json import why_not_storable
 from qwt_fx.cli import build_parser
 from qwt_fx.graph.graph_info import graph_info, has_graph_info
+from qwt_fx.graph.input_check import ANY, FLOATING, INTEGER
 
 PYTHON = [b for b in BLOCKS if b.language == "python"]
 SHELL = [b for b in BLOCKS if b.is_shell]
@@ -240,13 +241,17 @@ def _is_converted(value: object) -> bool:
     )
 
 
+# What the graph casts before all else.
+CAST = {FLOATING: torch.float32, INTEGER: torch.int64, ANY: torch.int64}
+
+
 def _assert_stored_and_exported(graph: GraphModule, path: Path) -> None:
     """What a page quantizes can be saved, loaded and exported."""
     given = []
     for wanted in graph_info(graph).inputs:
         shape = [2 if position == 0 else size if isinstance(size, int) else size[2]
                  for position, size in enumerate(wanted.sizes)]  # fmt: skip
-        dtype = getattr(torch, str(wanted.dtype), torch.int64)
+        dtype = CAST.get(str(wanted.dtype)) or getattr(torch, str(wanted.dtype))
         given.append(
             torch.rand(shape) if dtype.is_floating_point else torch.ones(*shape, dtype=dtype)
         )

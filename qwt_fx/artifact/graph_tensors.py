@@ -99,7 +99,10 @@ def describe_tensors(gm: GraphModule) -> tuple[dict[str, Json], dict[str, Json]]
         path = str(node.target)
         if path in attributes:
             continue
-        value = _require_storable(path, get_attr(gm, path))
+        try:
+            value = _require_storable(path, get_attr(gm, path))
+        except AttributeError as error:  # of a graph that a tool took apart, such as convert_pt2e
+            raise ArtifactError(f"{path}: read by the graph, but not an attribute of it") from error
         name = names.setdefault(_identity(value), path)
         if name == path:
             tensors[path] = {

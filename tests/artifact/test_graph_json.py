@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qwt_fx.artifact.allowed_operators import OPERATORS
-from qwt_fx.artifact.graph_json import graph_from_json, graph_to_json
+from qwt_fx.artifact.graph_json import graph_from_json, graph_to_json, why_not_storable
 from qwt_fx.capture.capture import capture
 from qwt_fx.errors import ArtifactError, QwtError
 from qwt_fx.graph.graph_info import GraphInfo, graph_info
@@ -201,6 +201,17 @@ def test_other_tensors_are_refused_by_path(value: Any) -> None:
         gm.graph.create_node("get_attr", "odd")
     with pytest.raises(ArtifactError, match="odd: a"):
         graph_to_json(gm)
+
+
+def test_a_graph_that_was_taken_apart_is_refused_by_path(graph: GraphModule) -> None:
+    """As torchao's `convert_pt2e` leaves the prepared graph behind."""
+    gm = copy.deepcopy(graph)
+    path = str(gm.graph.find_nodes(op="get_attr")[0].target)
+    owner, _, name = path.rpartition(".")
+    delattr(gm.get_submodule(owner), name)
+    with pytest.raises(ArtifactError, match=f"{path}: read by the graph, but not an attribute"):
+        graph_to_json(gm)
+    assert path in (why_not_storable(gm) or "")
 
 
 def test_a_graph_marked_unstorable_is_refused_with_the_reason() -> None:

@@ -71,7 +71,7 @@ def test_symmetric_weights_fit_int8_and_asymmetric_ones_say_that_they_do_not() -
 def test_products_left_in_floating_point_have_a_reason() -> None:
     q, _ = _quantized(recipe="best", overrides={"*.0.mlp.c_fc": "skip", "*.1.mlp.c_fc": "w8a16"})
     reasons = {la.name: la.reason for la in layers_to_lower(q) if isinstance(la, FloatLayer)}
-    assert "it is not quantized" == reasons["transformer.resblocks.0.mlp.c_fc"]
+    assert reasons["transformer.resblocks.0.mlp.c_fc"] == "it is not quantized"
     assert "input is not quantized" in reasons["transformer.resblocks.1.mlp.c_fc"]
     assert reasons["proj"] == "its parameter is not quantized"
     assert "product of activations" in reasons["transformer.resblocks.0.attn"]
