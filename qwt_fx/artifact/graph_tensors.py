@@ -105,10 +105,7 @@ def describe_tensors(gm: GraphModule) -> tuple[dict[str, Json], dict[str, Json]]
             raise ArtifactError(f"{path}: read by the graph, but not an attribute of it") from error
         name = names.setdefault(_identity(value), path)
         if name == path:
-            tensors[path] = {
-                "dtype": str(value.dtype).removeprefix("torch."),
-                "shape": list(value.shape),
-            }
+            tensors[path] = {"dtype": str(value.dtype)[6:], "shape": list(value.shape)}
             if (stride := permuted_stride(value)) is not None:
                 tensors[path]["stride"] = stride
         width = bits.get(path, 8)
