@@ -79,15 +79,15 @@ def main() -> None:
 
 def published(args: argparse.Namespace) -> None:
     """The table of published sizes."""
-    rows = []
+    args.samples = args.batch = SAMPLES
+    rows: list[dict[str, object]] = []
     for entry in PUBLISHED:
         if any(fnmatch.fnmatchcase(entry.name, g) for g in args.models):
             rows.append(measure_published(entry, args.seed).to_dict())
             print(tabulate(rows[-1:], floatfmt=".1f", tablefmt="plain"), flush=True)
+            if args.models == ["*"]:  # what is done stays, should the rest not be
+                write_results("model_zoo_published", known(args) | {"models": rows})
     print(tabulate(rows, headers="keys", floatfmt=".1f"))
-    if args.models == ["*"]:
-        args.samples = args.batch = SAMPLES
-        write_results("model_zoo_published", known(args) | {"models": rows})
 
 
 def known(args: argparse.Namespace) -> dict[str, object]:

@@ -10,7 +10,8 @@ error of the quantization itself: against FP32, and against the same stored weig
 floating point. SQNR of the whole set, of the median and worst sample; top-1 is the nearest prompt.
 
 usage: python benchmarks/runtime_differences.py [--variant hard] [--bits 8/8 6/6 4/8 4/4] [--images 200]
-           [--recipes repq-vit best] [--samples 128] [--output runtime_differences] [--resume]
+           [--prompts 400] [--recipes repq-vit best] [--samples 128]
+           [--output runtime_differences] [--resume]
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def open_demo(files: Path, args: argparse.Namespace) -> Demo:
     write_files(files, args.variant)
     model = clip.load(str(files / "model.json"), str(files / "model.safetensors"))
     validation = open_validation(files / "val", model.transform, 256, 0)
-    prompts = resolve(validation.classes, files / "classnames.txt", files / "templates.txt")
+    names = (files / "classnames.txt", files / "templates.txt")
+    sentences = resolve(validation.classes, *names).sentences
     images = torch.cat([images for images, _ in validation])
     calibration = load_calibration(
         str(files / "calib-{000..003}.tar"), transform=model.transform, tokenizer=model.tokenizer,
@@ -97,7 +99,7 @@ def open_demo(files: Path, args: argparse.Namespace) -> Demo:
     )  # fmt: skip
     inputs = {
         "image": images[:: max(1, len(images) // args.images)],
-        "text": model.tokenizer(prompts.sentences),
+        "text": model.tokenizer(sentences[:: max(1, len(sentences) // args.prompts)]),
     }
     graphs = {tower: api.capture(model.towers[tower], (model.example(tower),)) for tower in TOWERS}
     return Demo(graphs, inputs, list(calibration.batches))
@@ -144,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", default="hard")
     parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--samples", type=int, default=128, help="calibration pairs")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--bits", nargs="+", default=["8/8", "6/6", "4/8", "4/4"])
