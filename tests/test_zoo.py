@@ -130,12 +130,13 @@ def test_published_sizes_lose_no_more_than_their_layers_do(entry: Entry) -> None
     """A wrong scale, a wrong fold, a lost norm cost far more than noise of the layers' own errors.
 
     fastvit_mci2, deep and with random weights, makes 14 dB of layers of 24 dB and more; noise 17 dB.
+    Pooling averages white noise away, but not what rounding weights does alike to every token.
     """
     figures = measure_published(entry)
     assert figures.blocks >= 12
     assert figures.floating == 0
     assert figures.least_layer_db > 20.0
-    assert figures.w8a8 > figures.noise - 6.0
+    assert figures.w8a8 > min(figures.noise, figures.least_layer_db) - 6.0
     assert figures.unseen > 10.0
 
 
