@@ -84,7 +84,7 @@ def compensation(text: str) -> str:
 
 
 def override(text: str) -> tuple[str, str]:
-    """`GLOB=wNaM` or `GLOB=skip`."""
+    """`GLOB=wNaM`, with d or s behind it for dynamic or static activations, or `GLOB=skip`."""
     glob, equals, value = text.rpartition("=")
     if not equals or not glob:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted GLOB=w8a8 or GLOB=skip")
@@ -208,7 +208,18 @@ def add_quant(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attention", choices=quant.ATTENTIONS, default="none")
     group.add_argument(
-        "--override", action="append", type=override, metavar="GLOB=w8a8|skip", default=[]
+        "--activations",
+        choices=quant.ACTIVATIONS,
+        default="static",
+        help="ranges of linears' inputs: from calibration (default), or of each token when it runs",
+    )
+    group.add_argument(
+        "--override",
+        action="append",
+        type=override,
+        metavar="GLOB=w8a8[d|s]|skip",
+        default=[],
+        help="of layers by name; d: dynamic activations, s: static ones",
     )
     group.add_argument(
         "--exceptions",
@@ -294,6 +305,7 @@ def quant_config(args: argparse.Namespace) -> quant.QuantConfig:
         compat=args.compat,
         compensation=args.compensation,
         attention=args.attention,
+        activations=args.activations,
         overrides=dict(args.override),
         exceptions=args.exceptions,
         **dict(args.remedy),

@@ -22,7 +22,9 @@ def config_text(
     """
     lines = [f"# {line}".rstrip() for line in head]
     lines += ["", f"towers = {_value(towers)}"]
-    for key in ("w_bits", "a_bits", "recipe", "compat", "compensation", "attention", "exceptions"):
+    for key in (
+        "w_bits", "a_bits", "recipe", "compat", "compensation", "attention", "activations", "exceptions",
+    ):  # fmt: skip
         lines.append(f"{key.replace('_', '-')} = {_value(getattr(config, key))}")
     named = {n: getattr(config, n) for n in (*REMEDIES, "token_masks")}
     chosen = {name: value for name, value in named.items() if value != AUTO}

@@ -33,19 +33,25 @@ REMEDIES = (
     "ranges", "reparameterization", "target", "rounding", "embedding_bits", "tokens_per_input",
     *SWITCHES,
 )  # fmt: skip
+ACTIVATIONS = ("static", "dynamic")
 ATTENTIONS = ("none", "uniform", "log2", "auto")
 FLOAT_BITS = (16, 32)
 MIN_BITS, MAX_BITS = 2, 8
 
-_OVERRIDE = re.compile(r"w(\d+)a(\d+)")
+_OVERRIDE = re.compile(r"w(\d+)a(\d+)(?:(d|:dynamic)|(s|:static))?")
 
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one layer: `weight` and `activation`, `None` where that side stays in floating point."""
+    """Bits of one layer: `weight` and `activation`, `None` where that side stays in floating point.
+
+    dynamic: whether a linear's input finds the range of each token when it runs; `None` in an
+    override that leaves that to the configuration.
+    """
 
     weight: int | None
     activation: int | None
+    dynamic: bool | None = None
 
     @property
     def quantized(self) -> bool:
@@ -67,16 +73,21 @@ def _bits(name: str, value: object) -> int | None:
 
 
 def parse_override(glob: str, value: str) -> LayerBits:
-    """`"w8a8"` or `"skip"` as bits. Raises `ConfigError` naming the glob."""
+    """`"w8a8"`, `"w8a8d"` (dynamic), `"w8a8s"` (static) or `"skip"` as bits; the last letter may be
+    written out, `"w8a8:dynamic"`. Raises `ConfigError` naming the glob."""
     if value == "skip":
         return LayerBits(None, None)
     match = _OVERRIDE.fullmatch(value)
     if match is None:
-        raise ConfigError(f"override {glob}={value}: wanted wNaM such as w8a8, or skip")
-    weight, activation = match.groups()
+        raise ConfigError(
+            f"override {glob}={value}: wanted wNaM such as w8a8, or skip; wNaMd and wNaMs say "
+            "whether activations are dynamic or static"
+        )
+    weight, activation, dynamic, static = match.groups()
     return LayerBits(
         _bits(f"override {glob}: weight bits", int(weight)),
         _bits(f"override {glob}: activation bits", int(activation)),
+        None if dynamic is static else dynamic is not None,
     )
 
 
@@ -130,8 +141,12 @@ class QuantConfig:
             whichever disturbs its product with the values less.
         exceptions: layers that hurt the output most get 8 bits until the quantized weights are this
             share larger, in [0, 1]; 0 makes none.
-        overrides: layer-name glob -> "wNaM" or "skip"; the last match wins; a glob that matches
-            nothing is an error when the graph is prepared.
+        activations: "static" finds the range of every quantized activation on calibration data;
+            "dynamic" lets the input of each linear find the range of each token when it runs.
+            Convolutions' inputs and attention's products stay static.
+        overrides: layer-name glob -> "wNaM" or "skip"; "wNaMd" and "wNaMs" make the layer's input
+            dynamic or static; the last match wins; a glob that matches nothing is an error when the
+            graph is prepared.
         hold_out: share of the calibration samples that judges each compensation and chooses its
             ridge, in [0, 0.5); 0 judges on the samples that fitted it, as the original does.
         token_masks: where text positions that provably cannot influence the output are left out:
@@ -170,6 +185,7 @@ class QuantConfig:
     compensation: str = "auto"
     attention: str = "none"
     exceptions: float = 0.0
+    activations: str = "static"
     overrides: Mapping[str, str] = field(default_factory=dict)
     hold_out: float = 0.2
     token_masks: str = AUTO
@@ -194,6 +210,7 @@ class QuantConfig:
         _choice("compat", self.compat, COMPATS)
         check_compensation(self.compensation)
         _choice("attention", self.attention, ATTENTIONS)
+        _choice("activations", self.activations, ACTIVATIONS)
         _choice("token_masks", self.token_masks, TOKEN_MASKS)
         _fraction("hold_out", self.hold_out, below=0.5)
         _fraction("exceptions", self.exceptions, below=1.0 + 1e-9)
@@ -227,6 +244,11 @@ class QuantConfig:
                 f"compensation={self.compensation!r} with compat='original': the published "
                 "procedure knows none and qwt; use compat='none'"
             )
+        if self.compat == "original" and self.activations != "static":
+            raise ConfigError(
+                f"activations={self.activations!r} with compat='original': the published procedure has "
+                "static activations alone; use compat='none'"
+            )
         if self.compat == "original" and (self.attention == AUTO or self.exceptions > 0.0):
             raise ConfigError(
                 f"attention={self.attention!r}, exceptions={self.exceptions} with "
@@ -244,7 +266,11 @@ class QuantConfig:
         for glob, value in self.overrides.items():
             if not isinstance(glob, str) or not isinstance(value, str):
                 raise ConfigError(f"overrides: {glob!r}={value!r}: both must be strings")
-            parse_override(glob, value)
+            if parse_override(glob, value).dynamic and self.compat == "original":
+                raise ConfigError(
+                    f"override {glob}={value} with compat='original': the published procedure has "
+                    "static activations alone; use compat='none'"
+                )
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
 
     def bits_for(self, layer: str) -> LayerBits:
@@ -253,7 +279,8 @@ class QuantConfig:
         for glob, value in self.overrides.items():
             if fnmatch.fnmatchcase(layer, glob):
                 bits = parse_override(glob, value)
-        return bits
+        dynamic = self.activations == "dynamic" if bits.dynamic is None else bits.dynamic
+        return dataclasses.replace(bits, dynamic=dynamic)
 
     def unmatched_overrides(self, layers: list[str]) -> list[str]:
         """Globs that match none of these layer names."""

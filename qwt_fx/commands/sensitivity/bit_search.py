@@ -207,6 +207,7 @@ class BitSearch:
             recipe="repq-vit",
             compensation="none",
             attention=config.attention,
+            activations=config.activations,
             overrides=config.overrides,
             embedding_bits=settings_of(config).embedding_bits,
         )
