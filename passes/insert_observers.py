@@ -8,7 +8,8 @@ from functools import cached_property
 
 from torch.fx import GraphModule, Node
 
-from qwt_fx.config.config import LayerBits, QuantConfig
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.layer_bits import LayerBits
 from qwt_fx.config.settings import Settings, settings_of
 from qwt_fx.errors import ConfigError
 from qwt_fx.graph.aten import CONVOLUTIONS, MATMULS, RMS_NORM, SDPA, SHAPE_ONLY, SOFTMAXES

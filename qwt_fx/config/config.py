@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from qwt_fx.config.compensation_kind import FORMS, parse_compensation
+from qwt_fx.config.layer_bits import LayerBits, check_bits, parse_override
 from qwt_fx.errors import ConfigError
 
 RECIPES = ("repq-vit", "best")
@@ -34,61 +34,11 @@ REMEDIES = (
     *SWITCHES,
 )  # fmt: skip
 ACTIVATIONS = ("static", "dynamic")
+FIELDS = (
+    "w_bits", "a_bits", "recipe", "compat", "compensation", "attention", "activations", "exceptions",
+)  # fmt: skip
+"""Those of `QuantConfig` that are one flag of the program each."""
 ATTENTIONS = ("none", "uniform", "log2", "auto")
-FLOAT_BITS = (16, 32)
-MIN_BITS, MAX_BITS = 2, 8
-
-_OVERRIDE = re.compile(r"w(\d+)a(\d+)(?:(d|:dynamic)|(s|:static))?")
-
-
-@dataclass(frozen=True)
-class LayerBits:
-    """Bits of one layer: `weight` and `activation`, `None` where that side stays in floating point.
-
-    dynamic: whether a linear's input finds the range of each token when it runs; `None` in an
-    override that leaves that to the configuration.
-    """
-
-    weight: int | None
-    activation: int | None
-    dynamic: bool | None = None
-
-    @property
-    def quantized(self) -> bool:
-        """Whether anything of the layer is quantized."""
-        return self.weight is not None or self.activation is not None
-
-
-def _bits(name: str, value: object) -> int | None:
-    """Validate a bit width: 2..8 is an integer width, 16 and 32 mean floating point (`None`)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(
-            f"{name}: got {value!r}, wanted an integer in 2..8 (16 or 32 = not quantized)"
-        )
-    if value in FLOAT_BITS:
-        return None
-    if not MIN_BITS <= value <= MAX_BITS:
-        raise ConfigError(f"{name}: got {value}, wanted 2..8 (16 or 32 = not quantized)")
-    return value
-
-
-def parse_override(glob: str, value: str) -> LayerBits:
-    """`"w8a8"`, `"w8a8d"` (dynamic), `"w8a8s"` (static) or `"skip"` as bits; the last letter may be
-    written out, `"w8a8:dynamic"`. Raises `ConfigError` naming the glob."""
-    if value == "skip":
-        return LayerBits(None, None)
-    match = _OVERRIDE.fullmatch(value)
-    if match is None:
-        raise ConfigError(
-            f"override {glob}={value}: wanted wNaM such as w8a8, or skip; wNaMd and wNaMs say "
-            "whether activations are dynamic or static"
-        )
-    weight, activation, dynamic, static = match.groups()
-    return LayerBits(
-        _bits(f"override {glob}: weight bits", int(weight)),
-        _bits(f"override {glob}: activation bits", int(activation)),
-        None if dynamic is static else dynamic is not None,
-    )
 
 
 def check_compensation(value: object) -> None:
@@ -204,8 +154,8 @@ class QuantConfig:
     tokens_per_input: int | str = AUTO
 
     def __post_init__(self) -> None:
-        _bits("w_bits", self.w_bits)
-        _bits("a_bits", self.a_bits)
+        check_bits("w_bits", self.w_bits)
+        check_bits("a_bits", self.a_bits)
         _choice("recipe", self.recipe, RECIPES)
         _choice("compat", self.compat, COMPATS)
         check_compensation(self.compensation)
@@ -275,7 +225,7 @@ class QuantConfig:
 
     def bits_for(self, layer: str) -> LayerBits:
         """Bits of the layer with this name, overrides applied (the last match wins)."""
-        bits = LayerBits(_bits("w_bits", self.w_bits), _bits("a_bits", self.a_bits))
+        bits = LayerBits(check_bits("w_bits", self.w_bits), check_bits("a_bits", self.a_bits))
         for glob, value in self.overrides.items():
             if fnmatch.fnmatchcase(layer, glob):
                 bits = parse_override(glob, value)
