@@ -212,18 +212,11 @@ def add_quant(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attention", choices=quant.ATTENTIONS, default="none")
     group.add_argument(
-        "--activations",
-        choices=quant.ACTIVATIONS,
-        default="static",
+        "--activations", choices=quant.ACTIVATIONS, default="static",
         help="ranges of linears' inputs: from calibration (default), or of each token when it runs",
-    )
+    )  # fmt: skip
     group.add_argument(
-        "--override",
-        action="append",
-        type=override,
-        metavar="GLOB=w8a8[d|s]|skip",
-        default=[],
-        help="of layers by name; d: dynamic activations, s: static ones",
+        "--override", action="append", type=override, metavar="GLOB=w8a8[d|s]|skip", default=[]
     )
     group.add_argument(
         "--exceptions",
