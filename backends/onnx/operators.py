@@ -18,6 +18,7 @@ import torch
 from onnxscript import opset18, opset20
 from onnxscript.onnx_opset import opset21
 
+from qwt_fx.backends.onnx.integer_product import MATMUL_INTEGER
 from qwt_fx.numerics.qparams import dequantize_log_sqrt2 as log_sqrt2_values
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
@@ -92,6 +93,9 @@ def translations(opset: int) -> dict[Callable[..., object], Callable[..., ir.Val
         values = log_sqrt2_values(every, scale, bits).numpy()
         return op.Gather(constant(values, np.float32), op.Cast(codes, to=ir.DataType.INT32))
 
+    def matmul_integer(codes: ir.Value, weight: ir.Value, zero_point: ir.Value) -> ir.Value:
+        return op.MatMulInteger(codes, weight, None, zero_point)
+
     return {
         torch_ao.QUANTIZE_PER_TENSOR: quantize_per_tensor,
         torch_ao.DEQUANTIZE_PER_TENSOR: dequantize_per_tensor,
@@ -99,6 +103,7 @@ def translations(opset: int) -> dict[Callable[..., object], Callable[..., ir.Val
         torch_ao.DEQUANTIZE_PER_CHANNEL: dequantize_per_channel,
         ops.QUANTIZE_LOG_SQRT2: quantize_log_sqrt2,
         ops.DEQUANTIZE_LOG_SQRT2: dequantize_log_sqrt2,
+        MATMUL_INTEGER: matmul_integer,
     }
 
 
