@@ -94,7 +94,8 @@ def translations(opset: int) -> dict[Callable[..., object], Callable[..., ir.Val
         return op.Gather(constant(values, np.float32), op.Cast(codes, to=ir.DataType.INT32))
 
     def matmul_integer(codes: ir.Value, weight: ir.Value, zero_point: ir.Value) -> ir.Value:
-        return op.MatMulInteger(codes, weight, None, zero_point)
+        # A zero that is spelled out: OpenVINO fails on an input that is left out between two others.
+        return op.MatMulInteger(codes, weight, constant(0, np.uint8), zero_point)
 
     return {
         torch_ao.QUANTIZE_PER_TENSOR: quantize_per_tensor,
