@@ -1,16 +1,15 @@
 """Dynamic activations against static ones: latency of ViT-B/32's image tower with random weights.
 
-Both sides in one process, in interleaved rounds: `x86` compiled, ONNX Runtime and, where it is
-installed, OpenVINO. RepQ-ViT without compensation calibrates, because latency depends on no weight.
+Both sides in one process, in interleaved rounds: `x86` compiled, ONNX Runtime, OpenVINO.
+RepQ-ViT without compensation calibrates, because latency depends on no weight.
 
 usage: python benchmarks/activations.py [--threads 1] [--batch-sizes 1 16] [--rounds 11]
-    [--output activations]
+    [--layers 12] [--runtimes x86 onnxruntime openvino] [--output activations]
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +31,8 @@ from qwt_fx.measure.timing import interleaved
 def sides(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is timed by (runtime, activations), and the SQNR of each against eager in dB."""
     tower, example = build()["image"], inputs("image", 2)
+    blocks = tower.get_submodule("visual.transformer")
+    blocks.resblocks = blocks.resblocks[: args.layers]
     runs: dict[str, Any] = {}
     quality: dict[str, Any] = {}
     graph = api.capture(tower, (example,))
@@ -39,15 +40,16 @@ def sides(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dict[
         config = QuantConfig(recipe="repq-vit", activations=kind)
         quantized = api.quantize(graph, (example,), [(inputs("image", 8, seed=1),)], config)
         lowered = api.lower(quantized, "x86")
-        made = {"x86": compile_graph(lowered)}
-        if importlib.util.find_spec("onnxruntime") is not None:
-            path = folder / f"{kind}.onnx"
+        made: dict[str, Any] = {"x86": compile_graph(lowered)} if "x86" in args.runtimes else {}
+        path = folder / f"{kind}.onnx"
+        if made.keys() != set(args.runtimes):
             api.export(quantized, path, (example,), pack="int8")
+        if "onnxruntime" in args.runtimes:
             made["onnxruntime"] = onnx_runtime_session(path, threads=args.threads)
-            if importlib.util.find_spec("openvino") is not None:
-                made["openvino"] = openvino_model(path, threads=args.threads)
-                kernels = [k.integer for k in made["openvino"].audit()]
-                quality[f"openvino, {kind}, integer layers"] = sum(kernels)
+        if "openvino" in args.runtimes:
+            made["openvino"] = openvino_model(path, threads=args.threads)
+            kernels = [k.integer for k in made["openvino"].audit()]
+            quality[f"openvino, {kind}, integer layers"] = sum(kernels)
         with torch.no_grad():
             wanted = quantized(example)
             for name, run in made.items():
@@ -63,6 +65,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--layers", type=int, default=12, help="fewer are compiled sooner")
+    parser.add_argument("--runtimes", nargs="+", default=["x86", "onnxruntime"])
     parser.add_argument("--output", default="activations", help="results/OUTPUT.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -82,12 +86,8 @@ def main() -> None:
                 row = {"batch": batch, "runtime": runtime, "activations": kind}
                 rows.append(row | {"median_seconds": seconds, "of_static": seconds / static})
             print(tabulate(rows, headers="keys", floatfmt=".4f"), flush=True)
-            document = {
-                "machine": machine(),
-                "rounds": args.rounds,
-                "quality": quality,
-                "rows": rows,
-            }
+            known = {"layers": args.layers, "rounds": args.rounds, "quality": quality}
+            document = {"machine": machine(), **known, "rows": rows}
             write_results(args.output, document)
     print(quality)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,41 +31,53 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 BACKENDS = ("x86", "cuda", "pt2", "onnx")
 OURS = {ops.CHOOSE_QPARAMS_PER_TOKEN, torch_ao.QUANTIZE_PER_TOKEN, torch_ao.DEQUANTIZE_PER_TOKEN}
-LAYERS = 12
+LAYERS = 6
 
 
 @functools.cache
 def quantized(kind: str, bits: int, recipe: str = "repq-vit", half: bool = False) -> GraphModule:
     # repq-vit has asymmetric weights, whose zero points every backend corrects for.
     x = tokens(4)
-    model = randomize(Tower(2)).requires_grad_(False)
+    model = randomize(Tower(1)).requires_grad_(False)
     if half:
         model, x = model.bfloat16(), x.bfloat16()
     config = QuantConfig(w_bits=bits, a_bits=bits, recipe=recipe, **KINDS[kind])
     return qwt_fx.quantize(model, (x,), [(x,)], config)
 
 
-def lowered(q: GraphModule, backend: str, folder: Path) -> tuple[Callable[[Tensor], Tensor], int]:
+def lowered(
+    q: GraphModule, backend: str, folder: Path, example: Tensor | None = None
+) -> tuple[Callable[[Tensor], Tensor], int]:
     """What runs it, and how many linears are integers."""
     if backend in ("x86", "cuda"):
         gm = qwt_fx.lower(q, backend)
         assert not any(is_call(node, OURS) for node in gm.graph.nodes)
         return gm, sum(kernel.integer for kernel in qwt_fx.kernel_audit(gm))
+    example = tokens(2) if example is None else example
     path = folder / ("q.onnx" if backend == "onnx" else "q.pt2")
     if backend == "onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxruntime")
         from qwt_fx.backends.onnx.onnx_runtime import audit
 
-        qwt_fx.export(q, path, (tokens(2),))
+        qwt_fx.export(q, path, (example,))
         return runner_of(path, "onnx", 1), sum(kernel.integer for kernel in audit(path))
-    qwt_fx.export(q, path, (tokens(2),), format=backend)
+    qwt_fx.export(q, path, (example,), format=backend)
     return runner_of(path, backend), 0
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+def slow(backend: str, kind: str, bits: int) -> list[pytest.MarkDecorator]:
+    """Exporting takes seconds, and static activations have tests of their own."""
+    fast = backend in ("x86", "cuda") or (kind, bits) == ("mixed", 4)
+    return [] if fast else [pytest.mark.slow]
+
+
+CASES = [
+    pytest.param(*case, marks=slow(*case)) for case in itertools.product(BACKENDS, KINDS, (8, 4))
+]
+
+
+@pytest.mark.parametrize(("backend", "kind", "bits"), CASES)
 def test_every_backend_computes_what_eager_does(
     backend: str, kind: str, bits: int, tmp_path: Path
 ) -> None:
@@ -115,7 +128,7 @@ def test_aoti(tmp_path: Path) -> None:
         assert sqnr_db(q(tokens(4)), run(tokens(4))) > 60.0
 
 
-@pytest.mark.parametrize("pack", ["int8", "int4"])
+@pytest.mark.parametrize("pack", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_onnx_weights_in_other_types(pack: str, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -132,22 +145,11 @@ def test_onnx_weights_in_other_types(pack: str, tmp_path: Path) -> None:
 
 def test_a_linear_of_two_dimensions(tmp_path: Path) -> None:
     x = torch.randn(6, 16)
-    model = randomize(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8))).requires_grad_(
-        False
-    )
-    q = qwt_fx.quantize(model, (x,), [(x,)], QuantConfig(activations="dynamic"))
+    model = randomize(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8)))
+    config = QuantConfig(recipe="repq-vit", activations="dynamic")
+    q = qwt_fx.quantize(model.requires_grad_(False), (x,), [(x,)], config)
     for backend in ("x86", "cuda", "onnx"):
-        run, integer = lowered_2d(q, backend, x, tmp_path)
+        run, integer = lowered(q, backend, tmp_path, x)
         assert integer == 2
         with torch.no_grad():
             assert sqnr_db(q(x), run(x)) > 60.0
-
-
-def lowered_2d(q: GraphModule, backend: str, x: Tensor, folder: Path) -> Any:
-    if backend != "onnx":
-        return lowered(q, backend, folder)
-    pytest.importorskip("onnxruntime")
-    from qwt_fx.backends.onnx.onnx_runtime import audit
-
-    qwt_fx.export(q, folder / "q.onnx", (x,))
-    return runner_of(folder / "q.onnx", "onnx", 1), sum(k.integer for k in audit(folder / "q.onnx"))
