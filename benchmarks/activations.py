@@ -1,7 +1,7 @@
 """Dynamic activations against static ones: latency of ViT-B/32's image tower with random weights.
 
 Both sides in one process, in interleaved rounds: `x86` compiled, ONNX Runtime, OpenVINO.
-RepQ-ViT without compensation calibrates, because latency depends on no weight.
+RepQ-ViT with `best`'s symmetric weights calibrates: latency depends on no value.
 
 usage: python benchmarks/activations.py [--threads 1] [--batch-sizes 1 16] [--rounds 11]
     [--layers 12] [--runtimes x86 onnxruntime openvino] [--output activations]
@@ -37,7 +37,7 @@ def sides(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dict[
     quality: dict[str, Any] = {}
     graph = api.capture(tower, (example,))
     for kind in ACTIVATIONS:
-        config = QuantConfig(recipe="repq-vit", activations=kind)
+        config = QuantConfig(recipe="repq-vit", symmetric_weights=True, activations=kind)
         quantized = api.quantize(graph, (example,), [(inputs("image", 8, seed=1),)], config)
         lowered = api.lower(quantized, "x86")
         made: dict[str, Any] = {"x86": compile_graph(lowered)} if "x86" in args.runtimes else {}
