@@ -9,7 +9,7 @@ of every row, operator by operator what `qwt_fx.numerics.qparams.token_qparams` 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +24,15 @@ from qwt_fx.quant import torch_ao
 aten = torch.ops.aten
 
 
-def write_out_token_quantizers(gm: GraphModule) -> None:
-    """Replace, in place, every operator of a quantizer per token by ATen operators."""
+def write_out_token_quantizers(gm: GraphModule, *, but: Collection[object] = ()) -> None:
+    """Replace, in place, every operator of a quantizer per token by ATen operators; `but` some."""
     writer = _Writer(gm)
     targets: dict[object, Callable[[Node], None]] = {
         ops.CHOOSE_QPARAMS_PER_TOKEN: writer.qparams,
         torch_ao.QUANTIZE_PER_TOKEN: writer.quantize,
         torch_ao.DEQUANTIZE_PER_TOKEN: writer.dequantize,
     }
-    found = [node for node in gm.graph.nodes if is_call(node, targets)]
+    found = [n for n in gm.graph.nodes if is_call(n, targets) and n.target not in but]
     for node in found:
         with gm.graph.inserting_before(node):
             targets[node.target](node)

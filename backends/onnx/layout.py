@@ -106,7 +106,7 @@ def lay_out(
             _rewrite(layout, layer, storage)
         else:
             _rewrite_dynamic(layout, layer, storage)
-    write_out_token_quantizers(gm)
+    write_out_token_quantizers(gm, but={torch_ao.QUANTIZE_PER_TOKEN})
     clean_up(gm)
     return layout
 
