@@ -18,8 +18,11 @@ from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
 
 _DEQUANTIZE = frozenset(
-    {torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_LOG_SQRT2}
-)
+    {
+        torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL,
+        torch_ao.DEQUANTIZE_PER_TOKEN, ops.DEQUANTIZE_LOG_SQRT2,
+    }
+)  # fmt: skip
 _MOST_GROWTH = 4
 _CASTS = frozenset({torch.ops.aten.to.dtype})
 

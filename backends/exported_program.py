@@ -14,6 +14,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from qwt_fx.backends.constant_folding import fold_constants
 from qwt_fx.backends.lowering import check_converted
+from qwt_fx.backends.token_quantizers import write_out_token_quantizers
 from qwt_fx.errors import PreconditionError, first_line
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.graph_info import graph_info
@@ -114,6 +115,7 @@ def _standard_program(
     check_exportable(quantized, example_inputs)
     gm = copy.deepcopy(quantized)
     fold_constants(gm)
+    write_out_token_quantizers(gm)
     _write_out_log_sqrt2(gm)
     return export_program(gm, example_inputs)
 

@@ -64,6 +64,8 @@ def why_no_row_product(layer: IntegerLayer) -> str | None:
     node, activation = layer.node, layer.input
     if activation.token_scale is not None and (node.target is not LINEAR or activation.moved_by):
         return "positions with scales of their own are moved before the product"
+    if activation.of_token is not None and activation.moved_by:
+        return "tokens with scales of their own are moved before the product"
     if node.target is LINEAR:
         return None
     if node.target not in _CONV2D:

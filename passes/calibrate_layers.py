@@ -39,6 +39,7 @@ from qwt_fx.calibrate.layer_sums import layer_sums
 from qwt_fx.calibrate.observe_ranges import observe_on_first
 from qwt_fx.calibrate.paired_walk import PairedWalk
 from qwt_fx.calibrate.product_ranges import calibrate_product
+from qwt_fx.calibrate.value_histogram import check_range
 from qwt_fx.checkpoint.journal import NO_JOURNAL, Journal
 from qwt_fx.config.compensation_kind import CompensationSettings
 from qwt_fx.config.layer_settings import LayerSettings
@@ -76,9 +77,9 @@ class CalibrateLayers(Pass):
         choose_softmax: probabilities get log-sqrt2 or uniform codes, whichever disturb their product
             with the values less; needs ranges by the output's error.
 
-    Afterwards every quantizer has qparams and is switched on, and per-channel quantizers behind
-    norms are per-tensor. Run again, it would round rounded weights: not idempotent. Raises
-    `DataError` for values that are not finite.
+    Afterwards every quantizer that is not dynamic has qparams, all are switched on, and per-channel
+    quantizers behind norms are per-tensor, or per-token. Run again, it would round rounded weights:
+    not idempotent. Raises `DataError` for values that are not finite.
     """
 
     reference: GraphModule
@@ -187,16 +188,32 @@ def _set_range(walk: PairedWalk, group: LayerGroup, quantizer: FakeQuant) -> Cha
     move = find_move(search)
     if move is not None:
         apply_move(walk, group, move)
+    done = "a range of each token" if search.spec.dynamic else "one range"
+    if move is not None:
+        done = f"moved into {move.site.into}, strength {move.rescale.strength:g}"
+    if search.spec.dynamic:
+        quantizer.spec = search.spec
+        if move is None:  # counting the values for a move has checked them
+            _check_values(walk, group, quantizer)
+        return Change(quantizer.name, done)
     best = search.best(None if move is None else move.rescale)
     quantizer.spec, quantizer.token_scale = search.spec, best.token_scale
     quantizer.set_qparams(best.range.scale, best.range.zero_point)
-    done = "one range"
-    if move is not None:
-        done = f"moved into {move.site.into}, strength {move.rescale.strength:g}"
     if best.token_scale is not None:
         positions = int((best.token_scale != 1).sum())
         done += f", {positions} positions with scales of their own"
     return Change(quantizer.name, done)
+
+
+def _check_values(walk: PairedWalk, group: LayerGroup, quantizer: FakeQuant) -> None:
+    """Refuse what a range could not be counted of, though none is."""
+    values = walk.values(group.source)
+
+    def check(index: int) -> tuple[()]:
+        check_range(values[index], quantizer.name)
+        return ()
+
+    list(walk.batches.in_order(check))
 
 
 def _log_range(

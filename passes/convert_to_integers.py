@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,17 +27,21 @@ class ConvertToIntegers(Pass):
     """Replace every `FakeQuant` by what it simulated; the outputs stay bit-identical.
 
     Weights become uint8 tensors behind `dequantize_per_channel`, activations pass
-    `quantize_per_tensor` and `dequantize_per_tensor`; the log-sqrt2 code and non-integer zero
-    points use `qwt_fx::` operators. Run again, nothing is left to convert. Raises
-    `NotCalibratedError` for a quantizer without a scale.
+    `quantize_per_tensor` and `dequantize_per_tensor`, dynamic ones their twins per token; the
+    log-sqrt2 code and non-integer zero points use `qwt_fx::` operators. Run again,
+    nothing is left to convert. Raises `NotCalibratedError` for a quantizer without a scale.
     """
 
     def apply(self, gm: GraphModule) -> Iterator[Change | Skip]:
         """See the class."""
         for node in [n for n in gm.graph.nodes if is_fake_quant(gm, n)]:
             module = fake_quant_of(gm, node)
-            if module.scale is None:
+            if not module.calibrated:
                 raise NotCalibratedError(f"{module.name} has no scale: calibrate first")
+            if module.spec.dynamic and not module.spec.per_token:
+                raise NotCalibratedError(
+                    f"{module.name} is dynamic and still has ranges of channels: run FoldChannelWise"
+                )
             source = node.args[0]
             assert isinstance(source, Node)  # a FakeQuant reads one tensor
             weight = tensor_of(gm, source)
@@ -102,8 +107,14 @@ def _per_token(gm: GraphModule, source: Node, module: FakeQuant) -> Node:
 
 def _activation(gm: GraphModule, source: Node, module: FakeQuant) -> Node:
     scale, zero_point, spec = module.scale, module.zero_point, module.spec
-    assert scale is not None  # checked by the caller
     call = gm.graph.call_function
+    if spec.per_token:
+        found: Any = call(ops.CHOOSE_QPARAMS_PER_TOKEN, (source, spec.quant_max))
+        found = tuple(call(operator.getitem, (found, i)) for i in range(2))
+        of_token = (*found, spec.quant_min, spec.quant_max)
+        codes = call(torch_ao.QUANTIZE_PER_TOKEN, (source, *of_token, torch.uint8))
+        return call(torch_ao.DEQUANTIZE_PER_TOKEN, (codes, *of_token, torch.uint8, torch.float32))
+    assert scale is not None  # checked by the caller
     if spec.scheme == LOG_SQRT2:
         if not spec.reserve_zero:
             return call(ops.FAKE_QUANTIZE_LOG_SQRT2, (source, float(scale), spec.bits))

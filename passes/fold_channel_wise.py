@@ -20,6 +20,9 @@ from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 class FoldChannelWise(Pass):
     """Turn per-channel activation quantizers whose channels agree into per-tensor ones.
 
+    A dynamic one, whose channels' ranges served the reparameterization only, quantizes each token with a
+    range of its own from then on, whether its channels agree or not.
+
     Weight quantizers are left alone: integer GEMMs take one scale per output channel. A quantizer
     whose channels differ is skipped. Run again, it finds nothing left to fold. Raises
     `NotCalibratedError` for a quantizer that has not been observed.
@@ -36,6 +39,11 @@ class FoldChannelWise(Pass):
                 raise NotCalibratedError(
                     f"{module.name} has not been observed: call qwt_fx.observe(gm, batches)"
                 )
+            if module.spec.dynamic:
+                module.spec = module.spec.per_tensor()
+                module.reset()
+                yield Change(module.name, "a range of each token")
+                continue
             if not bool((scale == scale[0]).all() and (zero_point == zero_point[0]).all()):
                 yield Skip(module.name, "its channels differ: run ReparameterizeLayerNorm first")
                 continue

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch.fx import GraphModule, Node
 
 from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.layer_bits import LayerBits
 from qwt_fx.config.settings import Settings, settings_of
 from qwt_fx.errors import ConfigError
 from qwt_fx.graph.aten import CONVOLUTIONS, MATMULS, RMS_NORM, SDPA, SHAPE_ONLY, SOFTMAXES
@@ -40,7 +41,8 @@ class InsertObservers(Pass):
 
     * linear and convolution weights: per output channel;
     * a linear that reads a norm which can be reparameterized: input per channel (RepQ-ViT 3.2);
-    * every other linear and convolution: input per tensor, 8 bits where it is the model's input;
+    * every other linear and convolution: input per tensor, 8 bits where it is the model's input; or, of
+      linears whose activations are dynamic, per token, as soon as a norm's channels are dealt with;
     * with `attention` other than "none": q, k, v per tensor and the softmax output, which
       `InsertLogSqrt2Softmax` may have taken already.
 
@@ -99,9 +101,9 @@ class InsertObservers(Pass):
             return
         done = []
         if bits.activation is not None:
-            spec = self._input_spec(gm, node, source, bits.activation)
+            spec = self._input_spec(gm, node, source, bits)
             self._insert(gm, node, 0, spec, f"{name}.input", shared)
-            done.append(f"input {spec.bits} bits")
+            done.append(f"input {spec.bits} bits" + (", dynamic" if spec.dynamic else ""))
         if bits.weight is not None:
             spec = self._spec(bits.weight, ch_axis=0)
             self._insert(gm, node, 1, spec, f"{name}.weight", shared)
@@ -126,16 +128,19 @@ class InsertObservers(Pass):
             reserve_zero=storable,
         )
 
-    def _input_spec(self, gm: GraphModule, node: Node, source: Node, bits: int) -> QuantSpec:
-        origin = through_shape_ops(source)
+    def _input_spec(self, gm: GraphModule, node: Node, source: Node, layer: LayerBits) -> QuantSpec:
+        origin, bits = through_shape_ops(source), layer.activation
+        assert bits is not None  # the caller checked
         if node.target in CONVOLUTIONS:
             return self._spec(IMAGE_BITS if origin.op == "placeholder" else bits)
         if is_call(origin, NORMS) and why_not_reparameterizable(gm, origin) is None:
             # Any integer zero point is legal per channel: folding replaces it. An RMSNorm has no bias
             # that could take up the differences between zero points, so it gets the middle one.
             symmetric = origin.target is RMS_NORM
-            return self._spec(bits, ch_axis=-1, include_zero=False, symmetric=symmetric)
-        return self._spec(bits)
+            spec = self._spec(bits, ch_axis=-1, include_zero=False, symmetric=symmetric)
+        else:
+            spec = self._spec(bits)
+        return replace(spec, dynamic=bool(layer.dynamic))
 
     def _insert(
         self,

@@ -50,7 +50,7 @@ class RaiseSensitiveLayers(Pass):
     def requires(self, gm: GraphModule) -> None:
         """Observers must be there, and must not have seen data."""
         nodes = fake_quant_nodes(gm)
-        if not nodes or any(fake_quant_of(gm, n).calibrated for n in nodes):
+        if not nodes or any(fake_quant_of(gm, n).scale is not None for n in nodes):
             raise PreconditionError(
                 f"{self.name}: wants a graph with observers, not calibrated yet"
             )

@@ -126,7 +126,8 @@ def reparameterize(
         batches: calibration batches as for `calibrate`; the first gives the channels' scales.
         config: its `a_bits`, `overrides` and `token_masks` decide the scales.
     """
-    prepared = prepare(gm, (config or QuantConfig()).replace(attention="none"))
+    static = (config or QuantConfig()).replace(attention="none", activations="static")
+    prepared = prepare(gm, static)
     check_parameters(prepared)
     observe(prepared, batches)
     PassManager((ReparameterizeLayerNorm(), RemoveObservers()))(prepared)

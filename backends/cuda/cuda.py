@@ -18,6 +18,7 @@ from qwt_fx.backends.cuda.int8_gemm import GEMMS, INT8_LINEAR, INT_MM, INT_MM_RO
 from qwt_fx.backends.cuda.int8_lowering import Int8Lowering, fuse_quantizers, groups_of, why_not
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.lowering import audit_graph, integer_layers
+from qwt_fx.backends.token_quantizers import write_out_token_quantizers
 from qwt_fx.errors import ConfigError
 from qwt_fx.graph.dead_code import remove_dead_nodes
 from qwt_fx.graph.pass_base import clean_up
@@ -63,6 +64,7 @@ class Cuda:
         dtype = self._precision(quantized)
         if dtype is not None:
             cast_floating(gm, dtype)
+        write_out_token_quantizers(gm)  # last: their scales stay in float32
         clean_up(gm)
         return gm
 
@@ -80,7 +82,7 @@ class Cuda:
 
 
 def _kernel(node: Node) -> str:
-    activation, out_scale, gemm = node.args[8], node.args[9], node.args[-1]
+    activation, out_scale, gemm = node.args[9], node.args[10], node.args[-1]
     fused = [str(activation)] if activation != "none" else []
     fused += ["quantize"] if out_scale is not None else []
     name = "qwt_fx::int8_linear, " + (

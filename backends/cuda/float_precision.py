@@ -18,12 +18,13 @@ aten = torch.ops.aten
 _DEQUANTIZE = frozenset(
     {
         torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL,
-        ops.DEQUANTIZE_LOG_SQRT2,
+        torch_ao.DEQUANTIZE_PER_TOKEN, ops.DEQUANTIZE_LOG_SQRT2,
     }
 )  # fmt: skip
 _QUANTIZE = frozenset(
     {
         torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_CHANNEL,
+        torch_ao.QUANTIZE_PER_TOKEN, ops.CHOOSE_QPARAMS_PER_TOKEN,
         ops.QUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_AFFINE,
     }
 )  # fmt: skip

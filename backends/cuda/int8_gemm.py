@@ -1,9 +1,10 @@
 """`qwt_fx::int8_linear`: a linear of int8 operands with its whole epilogue, as one operator.
 
-    y_mj = act(row_m * scale_j * (sum_k a_mk w_jk  -  v_j sum_k a_mk  +  offset_j) + bias_j)
+    y_mj = act(row_m * scale_j * (sum_k a_mk w_jk  -  v_j sum_k a_mk  +  z_m offset_j) + bias_j)
 
 a: activation codes shifted to signed, w: weight codes, v_j: the zero point of weights whose codes do not
-fit int8 without it, offset_j: what the activation's zero point adds, a constant of the row. All in
+fit int8 without it, offset_j: what the activation's zero point adds, a constant of the row; z_m: the
+zero point of a row that has its own (1 otherwise). All in
 brackets is exact in int32. On CUDA it is one Triton kernel, or `torch._int_mm` and what a compiler fuses
 behind it; elsewhere it is `torch._int_mm`, which computes the same integers. A compiler sees into it.
 """
@@ -37,6 +38,7 @@ def int8_linear(
     bias: Tensor | None,
     row_scale: Tensor | None,
     weight_zero_point: Tensor | None,
+    row_zero_point: Tensor | None,
     dtype: torch.dtype,
     activation: str,
     out_scale: float | None,
@@ -53,8 +55,9 @@ def int8_linear(
         scale: (out,) float32, the activation's scale times the weight's.
         offset: (out,) int32.
         bias: (out,) floating point.
-        row_scale: floating point, powers of two, that broadcasts to (..., 1).
+        row_scale: floating point, that broadcasts to (..., 1).
         weight_zero_point: (out,) int32.
+        row_zero_point: (..., 1) int32.
         dtype: of the result; int8 with `out_scale`.
         activation: one of `ACTIVATIONS`, computed in float32.
         out_scale, out_zero_point, out_min, out_max: when `out_scale` is given, the result is
@@ -68,7 +71,9 @@ def int8_linear(
     rows = codes.reshape(-1, inner).contiguous()
     if row_scale is not None:
         row_scale = row_scale.expand(*lead, 1).reshape(-1).contiguous()
-    operands = (rows, weight, scale, offset, bias, row_scale, weight_zero_point)
+    if row_zero_point is not None:
+        row_zero_point = row_zero_point.reshape(-1).contiguous()
+    operands = (rows, weight, scale, offset, bias, row_scale, weight_zero_point, row_zero_point)
     if codes.is_cuda and (gemm == TRITON or rows.shape[0] <= INT_MM_ROWS):
         result = _by_triton(*operands, epilogue)
     else:
@@ -78,7 +83,7 @@ def int8_linear(
 
 @int8_linear.register_fake  # type: ignore[untyped-decorator]
 def _(codes: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    dtype = others[5]
+    dtype = others[6]
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
@@ -101,14 +106,16 @@ def by_int_mm(
     bias: Tensor | None,
     row_scale: Tensor | None,
     weight_zero_point: Tensor | None,
+    row_zero_point: Tensor | None,
     epilogue: Epilogue,
 ) -> Tensor:
-    """The same by `torch._int_mm`; codes (M, in), row_scale (M,). Returns (M, out)."""
+    """The same by `torch._int_mm`; codes (M, in), what rows have (M,). Returns (M, out)."""
     total = torch._int_mm(codes, weight.t())
     if weight_zero_point is not None:
         row_sums = codes.sum(dim=1, keepdim=True, dtype=torch.int32)
         total = total - row_sums * weight_zero_point
-    y = (total + offset).float() * scale
+    shift = offset if row_zero_point is None else row_zero_point[:, None] * offset
+    y = (total + shift).float() * scale
     if row_scale is not None:
         y = y * row_scale[:, None]
     if bias is not None:

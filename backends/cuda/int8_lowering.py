@@ -6,6 +6,8 @@ activation's codes corrects it:
 
     sum_k (a_k - z)(w_k - v)  ==  sum_k a'_k w'_k  -  v' sum_k a'_k  -  z' sum_k (w'_k - v')
 
+Of a dynamic input z' is a number of each row, which the operator multiplies by the last sum.
+
 with a' = a - 128, z' = z - 128, w' = w - 128, v' = v - 128 (or w' = w - v, v' = 0): all exact integers.
 """
 
@@ -16,7 +18,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from qwt_fx.backends.activations import fused_activation
 from qwt_fx.backends.cuda.int8_gemm import (
@@ -37,7 +41,7 @@ from qwt_fx.graph.aten import LINEAR
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.nodes import is_call, tensor_of
 from qwt_fx.quant import torch_ao
-from qwt_fx.quant.integer_layers import IntegerLayer
+from qwt_fx.quant.integer_layers import IntegerInput, IntegerLayer
 
 aten = torch.ops.aten
 
@@ -70,6 +74,7 @@ class Int8Lowering(LayerRewriter):
 
     gemm: str
     _signed: dict[Node, Node] = field(default_factory=dict, init=False)
+    _zeros: dict[Node, Node] = field(default_factory=dict, init=False)  # of tokens, signed
 
     def lower(self, layers: Sequence[IntegerLayer]) -> None:
         """Compute layers that read the same value with one operator, at the first one's place.
@@ -94,16 +99,25 @@ class Int8Lowering(LayerRewriter):
         activation = layer.input
         unsigned = activation.codes
         if unsigned not in self._signed:
-            limits = (activation.zero_point, activation.quant_min, activation.quant_max)
-            with self.gm.graph.inserting_after(unsigned):
+            low, high = activation.quant_min - SHIFT, activation.quant_max - SHIFT
+            target, scale, zero = self._qparams(activation)
+            with self.gm.graph.inserting_after(zero if isinstance(zero, Node) else unsigned):
                 self._signed[unsigned] = self.call(
-                    torch_ao.QUANTIZE_PER_TENSOR,
+                    target,
                     unsigned.args[0],  # not `source`: a layer lowered before replaced it
-                    activation.scale,
-                    *(limit - SHIFT for limit in limits),
-                    torch.int8,
-                )
+                    scale, zero, low, high, torch.int8,
+                )  # fmt: skip
         return self._signed[unsigned]
+
+    def _qparams(self, activation: IntegerInput) -> tuple[OpOverload, Argument, Argument]:
+        """The quantizer of signed codes, its scale and its zero point."""
+        if activation.of_token is None:
+            return torch_ao.QUANTIZE_PER_TENSOR, activation.scale, activation.zero_point - SHIFT
+        scale, zero_point = activation.of_token
+        if zero_point not in self._zeros:
+            with self.gm.graph.inserting_before(activation.codes):
+                self._zeros[zero_point] = self.call(aten.sub.Tensor, zero_point, SHIFT)
+        return torch_ao.QUANTIZE_PER_TOKEN, scale, self._zeros[zero_point]
 
     def _linear(self, layers: Sequence[IntegerLayer], codes: Node, activation: str) -> Node:
         quantizer, base = layers[0].input, layers[0].name
@@ -113,17 +127,21 @@ class Int8Lowering(LayerRewriter):
         if zero_point is not None:
             sums = sums - weight.shape[1] * zero_point.long()
             shift = add_tensor(self.gm, f"{base}_weight_shift", zero_point)
+        row_scale, row_zero, factor = quantizer.token_scale, None, SHIFT - quantizer.zero_point
+        if quantizer.of_token is not None:
+            row_scale, zero_point_of_token = quantizer.of_token
+            row_zero, factor = self._zeros[zero_point_of_token], -1
         constants = {
             "weight_int8": weight,
             "scale": (scale.double() * quantizer.scale).float(),
-            "offset": (-(quantizer.zero_point - SHIFT) * sums).to(torch.int32),
+            "offset": (factor * sums).to(torch.int32),
         }
         nodes = [add_tensor(self.gm, f"{base}_{name}", value) for name, value in constants.items()]
         bias = layers[0].bias if len(layers) == 1 else self._stacked_bias(layers)
         fits = all(size % INT_MM_MULTIPLE == 0 for size in weight.shape)
         gemm = INT_MM if self.gemm == INT_MM and fits else TRITON
         node = self.call(
-            INT8_LINEAR, codes, *nodes, bias, quantizer.token_scale, shift,
+            INT8_LINEAR, codes, *nodes, bias, row_scale, shift, row_zero,
             layers[0].dtype, activation, None, 0, -128, 127, gemm,
         )  # fmt: skip
         node.meta[LAYERS] = [layer.name for layer in layers]

@@ -1,6 +1,6 @@
 """The Triton kernel of `qwt_fx::int8_linear`: an int8 GEMM with everything behind it in its epilogue.
 
-    y_mj = act(row_m * scale_j * (sum_k a_mk w_jk  -  v_j sum_k a_mk  +  offset_j) + bias_j)
+    y_mj = act(row_m * scale_j * (sum_k a_mk w_jk  -  v_j sum_k a_mk  +  z_m offset_j) + bias_j)
 
 in one pass over the operands; the sum of a row of codes is taken from the tiles that the product
 reads anyway. Edges are masked, so no size is a special case. Under TRITON_INTERPRET=1 (set before
@@ -48,9 +48,10 @@ def _activate(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _int8_linear(
-    codes, weight, scale, offset, bias, row_scale, weight_zero_point, out,
+    codes, weight, scale, offset, bias, row_scale, weight_zero_point, row_zero_point, out,
     M, N, K, out_inverse_scale, out_zero_point, out_min, out_max,
     HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_ZERO_POINT: tl.constexpr,
+    HAS_ROW_ZEROS: tl.constexpr,
     ACTIVATION: tl.constexpr, QUANTIZE: tl.constexpr, EVEN_K: tl.constexpr,
     FEW_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -88,7 +89,10 @@ def _int8_linear(
     if HAS_ZERO_POINT:
         zero_points = tl.load(weight_zero_point + columns, mask=column_ok, other=0)
         total -= row_sums[:, None] * zero_points[None, :]
-    total += tl.load(offset + columns, mask=column_ok, other=0)[None, :]
+    shift = tl.load(offset + columns, mask=column_ok, other=0)[None, :]
+    if HAS_ROW_ZEROS:
+        shift = shift * tl.load(row_zero_point + rows, mask=row_ok, other=0)[:, None]
+    total += shift
     y = total.to(tl.float32) * tl.load(scale + columns, mask=column_ok, other=0.0)[None, :]
     if HAS_ROWS:
         y = y * tl.load(row_scale + rows, mask=row_ok, other=0.0)[:, None]
@@ -122,7 +126,7 @@ _tuned = triton.autotune(
         _configuration(128, 256, 128, 8, 3),
         _configuration(256, 128, 128, 8, 3),
     ],
-    key=["N", "K", "FEW_ROWS", "HAS_ZERO_POINT", "ACTIVATION"],
+    key=["N", "K", "FEW_ROWS", "HAS_ZERO_POINT", "HAS_ROW_ZEROS", "ACTIVATION"],
 )(_int8_linear)
 
 
@@ -134,11 +138,12 @@ def launch(
     bias: Tensor | None,
     row_scale: Tensor | None,
     weight_zero_point: Tensor | None,
+    row_zero_point: Tensor | None,
     epilogue: Epilogue,
 ) -> Tensor:
     """Run the kernel. codes (M, K) and weight (N, K) int8, contiguous; see `int8_gemm` for the rest.
 
-    `row_scale` is (M,) float32. Returns (M, N).
+    `row_scale` is (M,) float32, `row_zero_point` (M,) int32. Returns (M, N).
     """
     rows, inner = codes.shape
     columns = weight.shape[0]
@@ -147,6 +152,7 @@ def launch(
         "HAS_BIAS": bias is not None,
         "HAS_ROWS": row_scale is not None,
         "HAS_ZERO_POINT": weight_zero_point is not None,
+        "HAS_ROW_ZEROS": row_zero_point is not None,
         "ACTIVATION": epilogue.activation_code,
         "QUANTIZE": epilogue.quantizes,
         "FEW_ROWS": 0 if rows <= 32 else 1 if rows <= 256 else 2,
@@ -157,6 +163,7 @@ def launch(
         scale if bias is None else bias,
         scale if row_scale is None else row_scale,
         offset if weight_zero_point is None else weight_zero_point,
+        offset if row_zero_point is None else row_zero_point,
         out,
     )  # fmt: skip
     limits = (

@@ -5,6 +5,8 @@ between the two dequantizations and the product. So here
 
 * weights are stored transposed, (in, out);
 * shape-only operators move the codes, before they are dequantized;
+* a dynamic input's codes meet the weight's in MatMulInteger, and each row of the product is corrected by
+  its own zero point and scale: ONNX's DynamicQuantizeLinear has one range for a tensor;
 * the scales of positions multiply the product instead of the activation (exact: powers of two);
 * a convolution of patches that do not overlap is a matmul of the patches' codes;
 * fused attention is written out, so that every product of the source is one of the export;
@@ -28,7 +30,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from qwt_fx.backends.constant_folding import fold_constants
 from qwt_fx.backends.lowering import LayerRewriter, float_reason, integer_layers, why_no_row_product
+from qwt_fx.backends.onnx.integer_product import MATMUL_INTEGER
 from qwt_fx.backends.onnx.resize import write_out_resizes
+from qwt_fx.backends.token_quantizers import write_out_token_quantizers
 from qwt_fx.backends.widening import as_float32, compute_in_float32
 from qwt_fx.capture.attention import decompose_attention, why_not_decomposable
 from qwt_fx.graph.aten import SDPA
@@ -98,7 +102,11 @@ def lay_out(
     layers = integer_layers(gm, why_no_row_product)
     layout.reasons |= {layer_name(node): float_reason(node) for node in compute_nodes(gm)}
     for layer in layers:
-        _rewrite(layout, layer, storage)
+        if layer.input.of_token is None or _packed(layer, storage):
+            _rewrite(layout, layer, storage)
+        else:
+            _rewrite_dynamic(layout, layer, storage)
+    write_out_token_quantizers(gm, but={torch_ao.QUANTIZE_PER_TOKEN})
     clean_up(gm)
     return layout
 
@@ -125,9 +133,13 @@ def _rewrite(layout: Layout, layer: IntegerLayer, storage: WeightStorage) -> Non
         if matrix:  # a product of two matrices and an addition become a floating-point Gemm
             codes = call(aten.unsqueeze.default, codes, 0)
         limits = (activation.quant_min, activation.quant_max, torch.uint8)
-        dequantized = call(
-            torch_ao.DEQUANTIZE_PER_TENSOR, codes, activation.scale, activation.zero_point, *limits
-        )
+        if activation.of_token is not None:  # of weights in 4 bits: a floating-point product
+            dequantized = call(
+                torch_ao.DEQUANTIZE_PER_TOKEN, codes, *activation.of_token, *limits, torch.float32
+            )
+        else:
+            qparams = (activation.scale, activation.zero_point, *limits)
+            dequantized = call(torch_ao.DEQUANTIZE_PER_TENSOR, codes, *qparams)
         new = call(aten.matmul.default, dequantized, _weight(layout, layer, storage))
         new.meta["layer"] = layer.name
         if matrix:
@@ -141,6 +153,41 @@ def _rewrite(layout: Layout, layer: IntegerLayer, storage: WeightStorage) -> Non
             channels_first = call(aten.permute.default, new, [0, 2, 1])
             new = call(aten.reshape.default, channels_first, [samples, -1, *grid])
     rewriter.replace(layer.node, new)
+
+
+def _rewrite_dynamic(layout: Layout, layer: IntegerLayer, storage: WeightStorage) -> None:
+    """y = s_m t_j (sum_k a_mk w_jk - z_m sum_k w_jk) + b_j, w without its zero point, sums in int32."""
+    assert layer.input.of_token is not None  # the caller asked
+    gm, rewriter = layout.graph_module, LayerRewriter(layout.graph_module)
+    call, weight = rewriter.call, layer.weight
+    scale, zero_point = layer.input.of_token
+    stem = _stem(layer)
+    with gm.graph.inserting_before(layer.node):
+        codes, zeros, _ = _stored(weight, storage)
+        rows = codes.T.contiguous()
+        codes_node = add_tensor(gm, f"{stem}_codes", rows)
+        layout.layer_of[str(codes_node.target)] = layer.name
+        zeros_node = add_tensor(gm, f"{stem}_zero_point", zeros.to(rows.dtype))
+        sums = (codes.long() - zeros[:, None]).sum(dim=1)
+        sums_node = add_tensor(gm, f"{stem}_sums", sums.to(torch.int32))
+        scale_node = add_tensor(gm, f"{stem}_scale", weight.scale.float())
+        new = call(MATMUL_INTEGER, layer.input.codes, codes_node, zeros_node)
+        new.meta["layer"] = layer.name
+        new = call(aten.sub.Tensor, new, call(aten.mul.Tensor, zero_point, sums_node))
+        new = call(aten.to.dtype, new, torch.float32)
+        new = call(aten.mul.Tensor, call(aten.mul.Tensor, new, scale_node), scale)
+        if layer.bias is not None:
+            new = call(aten.add.Tensor, new, layer.bias)
+    rewriter.replace(layer.node, new)
+
+
+def _stem(layer: IntegerLayer) -> str:
+    return f"{layer.name}_onnx".replace("@", "_")
+
+
+def _packed(layer: IntegerLayer, storage: WeightStorage) -> bool:
+    """Whether the weight is stored in 4 bits."""
+    return storage.int4 and layer.weight.bits <= 4
 
 
 def _patches(
@@ -169,12 +216,12 @@ def _weight(layout: Layout, layer: IntegerLayer, storage: WeightStorage) -> Node
     gm, weight = layout.graph_module, layer.weight
     codes, zero_point, limits = _stored(weight, storage)
     rows = codes.reshape(codes.shape[0], -1).T.contiguous()
-    stem = f"{layer.name}_onnx".replace("@", "_")
+    stem = _stem(layer)
     codes_node = add_tensor(gm, f"{stem}_codes", rows)
     scale_node = add_tensor(gm, f"{stem}_scale", weight.scale.float())
     zeros = add_tensor(gm, f"{stem}_zero_point", zero_point)
     layout.layer_of[str(codes_node.target)] = layer.name
-    if storage.int4 and weight.bits <= 4:
+    if _packed(layer, storage):
         layout.packed.add(str(codes_node.target))
     return gm.graph.call_function(
         torch_ao.DEQUANTIZE_PER_CHANNEL, (codes_node, scale_node, zeros, 1, *limits, rows.dtype)

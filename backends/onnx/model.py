@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
+_PRODUCTS = frozenset({"MatMul", "MatMulInteger", "Gemm", "Conv", "ConvTranspose", "Einsum"})
 _FOUR_BITS = {ir.DataType.INT8: ir.DataType.INT4, ir.DataType.UINT8: ir.DataType.UINT4}
 
 
@@ -66,13 +66,15 @@ def name_products(model: ir.Model, names: Sequence[str], layer_of: Mapping[str, 
         return
     used: set[str] = set()  # layers of equal weights read one initializer
     for node in products:
-        weight = node.inputs[1].producer() if len(node.inputs) > 1 else None
+        if len(node.inputs) < 2:
+            continue
+        codes, weight = node.inputs[1], node.inputs[1].producer()
         if weight is not None and weight.op_type == "DequantizeLinear":
-            codes = str(weight.inputs[0].name).removesuffix("_4bit")
-            layer = layer_of.get(codes, "")
-            if layer and layer not in used:
-                node.name = layer
-                used.add(layer)
+            codes = weight.inputs[0]
+        layer = layer_of.get(str(codes.name).removesuffix("_4bit"), "")
+        if layer and layer not in used:
+            node.name = layer
+            used.add(layer)
 
 
 def drop_traces(model: ir.Model) -> None:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from qwt_fx.backends.exported_program import check_exportable, export_program
 from qwt_fx.backends.onnx import names
+from qwt_fx.backends.onnx.integer_product import MATMUL_INTEGER
 from qwt_fx.backends.onnx.layout import Layout, WeightStorage, lay_out
 from qwt_fx.backends.onnx.onnx_runtime import LAYERS_KEY, import_extra
 from qwt_fx.backends.widening import as_float32
@@ -120,7 +121,10 @@ def _translate(
 def _product_names(layout: Layout) -> list[str]:
     """The layer of every product, in the order of the graph."""
     names: list[str] = []
-    for node in compute_nodes(layout.graph_module):
+    products = set(compute_nodes(layout.graph_module))
+    for node in layout.graph_module.graph.nodes:
+        if node not in products and node.target is not MATMUL_INTEGER:
+            continue
         # Attention that could not be written out becomes two products.
         names += [layer_name(node)] * (2 if node.target is SDPA else 1)
     return names

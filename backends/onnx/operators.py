@@ -18,6 +18,7 @@ import torch
 from onnxscript import opset18, opset20
 from onnxscript.onnx_opset import opset21
 
+from qwt_fx.backends.onnx.integer_product import MATMUL_INTEGER
 from qwt_fx.numerics.qparams import dequantize_log_sqrt2 as log_sqrt2_values
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
@@ -77,6 +78,16 @@ def translations(opset: int) -> dict[Callable[..., object], Callable[..., ir.Val
             zero_points = op.Cast(zero_points, to=codes.dtype)
         return op.DequantizeLinear(codes, scales, zero_points, axis=axis)
 
+    def quantize_per_token(
+        x: ir.Value, scales: ir.Value, zero_points: ir.Value,
+        quant_min: int, quant_max: int, dtype: int,
+    ) -> ir.Value:  # fmt: skip
+        # QuantizeLinear rounds, limits and casts at once. Along rows as an axis it would divide too, but
+        # OpenVINO returns nothing where the scales of an axis are no constant.
+        scaled = op.Mul(x, op.Reciprocal(scales))
+        shifted = op.Add(scaled, op.Cast(zero_points, to=ir.DataType.FLOAT))
+        return quantize_per_tensor(shifted, 1.0, 0, quant_min, quant_max, dtype)
+
     def quantize_log_sqrt2(x: ir.Value, scale: float, bits: int) -> ir.Value:
         halves = op.Mul(
             op.Log(op.Div(x, constant(scale, np.float32))),
@@ -92,13 +103,19 @@ def translations(opset: int) -> dict[Callable[..., object], Callable[..., ir.Val
         values = log_sqrt2_values(every, scale, bits).numpy()
         return op.Gather(constant(values, np.float32), op.Cast(codes, to=ir.DataType.INT32))
 
+    def matmul_integer(codes: ir.Value, weight: ir.Value, zero_point: ir.Value) -> ir.Value:
+        # A zero that is spelled out: OpenVINO fails on an input that is left out between two others.
+        return op.MatMulInteger(codes, weight, constant(0, np.uint8), zero_point)
+
     return {
         torch_ao.QUANTIZE_PER_TENSOR: quantize_per_tensor,
         torch_ao.DEQUANTIZE_PER_TENSOR: dequantize_per_tensor,
         torch_ao.QUANTIZE_PER_CHANNEL: quantize_per_channel,
         torch_ao.DEQUANTIZE_PER_CHANNEL: dequantize_per_channel,
+        torch_ao.QUANTIZE_PER_TOKEN: quantize_per_token,
         ops.QUANTIZE_LOG_SQRT2: quantize_log_sqrt2,
         ops.DEQUANTIZE_LOG_SQRT2: dequantize_log_sqrt2,
+        MATMUL_INTEGER: matmul_integer,
     }
 
 

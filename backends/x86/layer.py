@@ -7,6 +7,8 @@ kernel computes s t (sum_k a_k w_k - z sum_k w_k) + b for an int8 weight w and c
   exactly t (128 - v) times s sum_k (a_k - z): one sum a row of the activation, shared by its readers.
 * Where the CPU saturates such products, w = low + high (see `saturation`), two products.
 * Positions with scales of their own multiply the product, before the bias.
+* A dynamic input has z and s of each token: the kernel computes t sum_k a_k w_k, and what is left is
+  s_m (that - z_m t sum_k w_k) + b, which a compiler fuses into what reads it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from qwt_fx.backends.lowering import LayerRewriter, signed_matrix, why_no_row_product
 from qwt_fx.backends.x86 import saturation
@@ -62,8 +65,9 @@ class LayerLowering(LayerRewriter):
         activation, bias = layer.input, tensor_of(self.gm, layer.bias)
         matrix, shift = signed_matrix(layer.weight)
         parts = _parts(matrix, activation.quant_max)
-        late_bias = layer.bias is not None and (bias is None or activation.token_scale is not None)
-        alone = len(parts) == 1 and shift is None and activation.token_scale is None
+        of_row = activation.token_scale if activation.of_token is None else activation.of_token[0]
+        late_bias = layer.bias is not None and (bias is None or of_row is not None)
+        alone = len(parts) == 1 and shift is None and of_row is None
         dtype = layer.dtype if alone and layer.dtype in _KERNEL_DTYPES else torch.float32
         scale = add_tensor(self.gm, f"{layer.name}_scale", layer.weight.scale.float().contiguous())
         zeros = add_tensor(
@@ -90,8 +94,13 @@ class LayerLowering(LayerRewriter):
         assert result is not None  # a weight has a part at least
         if shift is not None:
             result = self._correct(layer, shift, codes, result)
-        if activation.token_scale is not None:
-            result = self.call(aten.mul.Tensor, result, activation.token_scale)
+        if activation.of_token is not None:
+            sums = matrix.sum(dim=1, dtype=torch.int64).double() * layer.weight.scale.double()
+            sums_node = add_tensor(self.gm, f"{layer.name}_sums", sums.float())
+            missing = self.call(aten.mul.Tensor, activation.of_token[1], sums_node)
+            result = self.call(aten.sub.Tensor, result, missing)
+        if of_row is not None:
+            result = self.call(aten.mul.Tensor, result, of_row)
         if late_bias:
             result = self.call(aten.add.Tensor, result, layer.bias)
         return result if dtype is layer.dtype else self.call(aten.to.dtype, result, layer.dtype)
@@ -103,7 +112,10 @@ class LayerLowering(LayerRewriter):
             sums = self.gm.graph.call_function(
                 aten.sum.dim_IntList, (codes, [-1], True), {"dtype": torch.int32}
             )
-            centred = self.call(aten.sub.Tensor, sums, activation.zero_point * inner)
+            zeros: Argument = activation.zero_point * inner
+            if activation.of_token is not None:
+                zeros = self.call(aten.mul.Tensor, activation.of_token[1], inner)
+            centred = self.call(aten.sub.Tensor, sums, zeros)
             self._sums[codes] = self.call(aten.to.dtype, centred, torch.float32)
         factor = -shift.double() * layer.weight.scale.double() * activation.scale
         factor_node = add_tensor(self.gm, f"{layer.name}_shift", factor.float())

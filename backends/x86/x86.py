@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from qwt_fx.backends.eager import Eager
 from qwt_fx.backends.lowering import audit_graph, integer_layers
+from qwt_fx.backends.token_quantizers import write_out_token_quantizers
 from qwt_fx.backends.x86.fusion import FUSED, fuse_quantizers
 from qwt_fx.backends.x86.layer import PARTS, QLINEAR_ADD, LayerLowering, why_not
 from qwt_fx.backends.x86.saturation import QLINEAR
@@ -47,6 +48,7 @@ class X86:
             lowering.lower(layer)
         remove_dead_nodes(gm)
         fuse_quantizers(gm)
+        write_out_token_quantizers(gm)
         clean_up(gm)
         return gm
 

@@ -96,6 +96,9 @@ OPERATORS: dict[str, Operator] = {
     "quantized_decomposed.dequantize_per_tensor.default": torch_ao.DEQUANTIZE_PER_TENSOR,
     "quantized_decomposed.quantize_per_channel.default": torch_ao.QUANTIZE_PER_CHANNEL,
     "quantized_decomposed.dequantize_per_channel.default": torch_ao.DEQUANTIZE_PER_CHANNEL,
+    "quantized_decomposed.quantize_per_token.default": torch_ao.QUANTIZE_PER_TOKEN,
+    "quantized_decomposed.dequantize_per_token.default": torch_ao.DEQUANTIZE_PER_TOKEN,
+    "qwt_fx.choose_qparams_per_token.default": ops.CHOOSE_QPARAMS_PER_TOKEN,
     "qwt_fx.quantize_log_sqrt2.default": ops.QUANTIZE_LOG_SQRT2,
     "qwt_fx.dequantize_log_sqrt2.default": ops.DEQUANTIZE_LOG_SQRT2,
 }

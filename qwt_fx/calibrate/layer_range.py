@@ -69,7 +69,8 @@ class RangeSearch:
     def apart(self) -> GroupRange | None:
         """The range beside scales of positions; `None` where no position stands out."""
         walk, group = self.walk, self.group
-        token_scale = find_token_scale(walk, group) if walk.settings.token_scales else None
+        wanted = walk.settings.token_scales and not self.spec.dynamic  # which scales every token
+        token_scale = find_token_scale(walk, group) if wanted else None
         if token_scale is None:
             return None
         channels = walk.values(group.source)[0].shape[-1] if self._per_channel else 1

@@ -9,6 +9,7 @@ from contextlib import suppress
 from qwt_fx.batches.value_store import parse_size
 from qwt_fx.clip.preprocessing import INTERPOLATIONS, RESIZE_MODES
 from qwt_fx.config import config as quant
+from qwt_fx.config import layer_bits
 from qwt_fx.data.data import DATASET_TYPES
 from qwt_fx.errors import ConfigError
 
@@ -68,7 +69,10 @@ def size(text: str) -> int:
 def bits(text: str) -> int:
     """A bit width: 2..8, or 16 / 32 for not quantized."""
     value = whole(text)
-    if not quant.MIN_BITS <= value <= quant.MAX_BITS and value not in quant.FLOAT_BITS:
+    if (
+        not layer_bits.MIN_BITS <= value <= layer_bits.MAX_BITS
+        and value not in layer_bits.FLOAT_BITS
+    ):
         raise argparse.ArgumentTypeError(f"got {value}, wanted 2..8 (16 or 32 = not quantized)")
     return value
 
@@ -84,12 +88,12 @@ def compensation(text: str) -> str:
 
 
 def override(text: str) -> tuple[str, str]:
-    """`GLOB=wNaM` or `GLOB=skip`."""
+    """`GLOB=wNaM`, with d or s behind it for dynamic or static activations, or `GLOB=skip`."""
     glob, equals, value = text.rpartition("=")
     if not equals or not glob:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted GLOB=w8a8 or GLOB=skip")
     try:
-        quant.parse_override(glob, value)
+        layer_bits.parse_override(glob, value)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return glob, value
@@ -208,7 +212,11 @@ def add_quant(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attention", choices=quant.ATTENTIONS, default="none")
     group.add_argument(
-        "--override", action="append", type=override, metavar="GLOB=w8a8|skip", default=[]
+        "--activations", choices=quant.ACTIVATIONS, default="static",
+        help="ranges of linears' inputs: from calibration (default), or of each token when it runs",
+    )  # fmt: skip
+    group.add_argument(
+        "--override", action="append", type=override, metavar="GLOB=w8a8[d|s]|skip", default=[]
     )
     group.add_argument(
         "--exceptions",
@@ -287,14 +295,5 @@ def samples_of(args: argparse.Namespace) -> int:
 
 def quant_config(args: argparse.Namespace) -> quant.QuantConfig:
     """The validated `QuantConfig` of the flags."""
-    return quant.QuantConfig(
-        w_bits=args.w_bits,
-        a_bits=args.a_bits,
-        recipe=args.recipe,
-        compat=args.compat,
-        compensation=args.compensation,
-        attention=args.attention,
-        overrides=dict(args.override),
-        exceptions=args.exceptions,
-        **dict(args.remedy),
-    )
+    plain = {name: getattr(args, name) for name in quant.FIELDS}
+    return quant.QuantConfig(**plain, overrides=dict(args.override), **dict(args.remedy))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from qwt_fx.config.config import AUTO, REMEDIES, QuantConfig
+from qwt_fx.config.config import AUTO, FIELDS, REMEDIES, QuantConfig
 
 
 def config_text(
@@ -22,7 +22,7 @@ def config_text(
     """
     lines = [f"# {line}".rstrip() for line in head]
     lines += ["", f"towers = {_value(towers)}"]
-    for key in ("w_bits", "a_bits", "recipe", "compat", "compensation", "attention", "exceptions"):
+    for key in FIELDS:
         lines.append(f"{key.replace('_', '-')} = {_value(getattr(config, key))}")
     named = {n: getattr(config, n) for n in (*REMEDIES, "token_masks")}
     chosen = {name: value for name, value in named.items() if value != AUTO}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from qwt_fx.config.compensation_kind import FORMS, parse_compensation
+from qwt_fx.config.layer_bits import LayerBits, check_bits, parse_override
 from qwt_fx.errors import ConfigError
 
 RECIPES = ("repq-vit", "best")
@@ -33,51 +33,12 @@ REMEDIES = (
     "ranges", "reparameterization", "target", "rounding", "embedding_bits", "tokens_per_input",
     *SWITCHES,
 )  # fmt: skip
+ACTIVATIONS = ("static", "dynamic")
+FIELDS = (
+    "w_bits", "a_bits", "recipe", "compat", "compensation", "attention", "activations", "exceptions",
+)  # fmt: skip
+"""Those of `QuantConfig` that are one flag of the program each."""
 ATTENTIONS = ("none", "uniform", "log2", "auto")
-FLOAT_BITS = (16, 32)
-MIN_BITS, MAX_BITS = 2, 8
-
-_OVERRIDE = re.compile(r"w(\d+)a(\d+)")
-
-
-@dataclass(frozen=True)
-class LayerBits:
-    """Bits of one layer: `weight` and `activation`, `None` where that side stays in floating point."""
-
-    weight: int | None
-    activation: int | None
-
-    @property
-    def quantized(self) -> bool:
-        """Whether anything of the layer is quantized."""
-        return self.weight is not None or self.activation is not None
-
-
-def _bits(name: str, value: object) -> int | None:
-    """Validate a bit width: 2..8 is an integer width, 16 and 32 mean floating point (`None`)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(
-            f"{name}: got {value!r}, wanted an integer in 2..8 (16 or 32 = not quantized)"
-        )
-    if value in FLOAT_BITS:
-        return None
-    if not MIN_BITS <= value <= MAX_BITS:
-        raise ConfigError(f"{name}: got {value}, wanted 2..8 (16 or 32 = not quantized)")
-    return value
-
-
-def parse_override(glob: str, value: str) -> LayerBits:
-    """`"w8a8"` or `"skip"` as bits. Raises `ConfigError` naming the glob."""
-    if value == "skip":
-        return LayerBits(None, None)
-    match = _OVERRIDE.fullmatch(value)
-    if match is None:
-        raise ConfigError(f"override {glob}={value}: wanted wNaM such as w8a8, or skip")
-    weight, activation = match.groups()
-    return LayerBits(
-        _bits(f"override {glob}: weight bits", int(weight)),
-        _bits(f"override {glob}: activation bits", int(activation)),
-    )
 
 
 def check_compensation(value: object) -> None:
@@ -130,8 +91,12 @@ class QuantConfig:
             whichever disturbs its product with the values less.
         exceptions: layers that hurt the output most get 8 bits until the quantized weights are this
             share larger, in [0, 1]; 0 makes none.
-        overrides: layer-name glob -> "wNaM" or "skip"; the last match wins; a glob that matches
-            nothing is an error when the graph is prepared.
+        activations: "static" finds the range of every quantized activation on calibration data;
+            "dynamic" lets the input of each linear find the range of each token when it runs.
+            Convolutions' inputs and attention's products stay static.
+        overrides: layer-name glob -> "wNaM" or "skip"; "wNaMd" and "wNaMs" make the layer's input
+            dynamic or static; the last match wins; a glob that matches nothing is an error when the
+            graph is prepared.
         hold_out: share of the calibration samples that judges each compensation and chooses its
             ridge, in [0, 0.5); 0 judges on the samples that fitted it, as the original does.
         token_masks: where text positions that provably cannot influence the output are left out:
@@ -170,6 +135,7 @@ class QuantConfig:
     compensation: str = "auto"
     attention: str = "none"
     exceptions: float = 0.0
+    activations: str = "static"
     overrides: Mapping[str, str] = field(default_factory=dict)
     hold_out: float = 0.2
     token_masks: str = AUTO
@@ -188,12 +154,13 @@ class QuantConfig:
     tokens_per_input: int | str = AUTO
 
     def __post_init__(self) -> None:
-        _bits("w_bits", self.w_bits)
-        _bits("a_bits", self.a_bits)
+        check_bits("w_bits", self.w_bits)
+        check_bits("a_bits", self.a_bits)
         _choice("recipe", self.recipe, RECIPES)
         _choice("compat", self.compat, COMPATS)
         check_compensation(self.compensation)
         _choice("attention", self.attention, ATTENTIONS)
+        _choice("activations", self.activations, ACTIVATIONS)
         _choice("token_masks", self.token_masks, TOKEN_MASKS)
         _fraction("hold_out", self.hold_out, below=0.5)
         _fraction("exceptions", self.exceptions, below=1.0 + 1e-9)
@@ -227,6 +194,11 @@ class QuantConfig:
                 f"compensation={self.compensation!r} with compat='original': the published "
                 "procedure knows none and qwt; use compat='none'"
             )
+        if self.compat == "original" and self.activations != "static":
+            raise ConfigError(
+                f"activations={self.activations!r} with compat='original': the published procedure has "
+                "static activations alone; use compat='none'"
+            )
         if self.compat == "original" and (self.attention == AUTO or self.exceptions > 0.0):
             raise ConfigError(
                 f"attention={self.attention!r}, exceptions={self.exceptions} with "
@@ -244,16 +216,21 @@ class QuantConfig:
         for glob, value in self.overrides.items():
             if not isinstance(glob, str) or not isinstance(value, str):
                 raise ConfigError(f"overrides: {glob!r}={value!r}: both must be strings")
-            parse_override(glob, value)
+            if parse_override(glob, value).dynamic and self.compat == "original":
+                raise ConfigError(
+                    f"override {glob}={value} with compat='original': the published procedure has "
+                    "static activations alone; use compat='none'"
+                )
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
 
     def bits_for(self, layer: str) -> LayerBits:
         """Bits of the layer with this name, overrides applied (the last match wins)."""
-        bits = LayerBits(_bits("w_bits", self.w_bits), _bits("a_bits", self.a_bits))
+        bits = LayerBits(check_bits("w_bits", self.w_bits), check_bits("a_bits", self.a_bits))
         for glob, value in self.overrides.items():
             if fnmatch.fnmatchcase(layer, glob):
                 bits = parse_override(glob, value)
-        return bits
+        dynamic = self.activations == "dynamic" if bits.dynamic is None else bits.dynamic
+        return dataclasses.replace(bits, dynamic=dynamic)
 
     def unmatched_overrides(self, layers: list[str]) -> list[str]:
         """Globs that match none of these layer names."""

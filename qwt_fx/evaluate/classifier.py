@@ -56,7 +56,9 @@ class ClassifierQuantizer:
 
         module = None
         if bits.activation is not None:
-            module = FakeQuant(spec(bits.activation, None), "classifier.input")
+            dynamic = QuantSpec(bits.activation, dynamic=True)
+            static = spec(bits.activation, None)
+            module = FakeQuant(dynamic if bits.dynamic else static, "classifier.input")
             module.observe(normalized(features))
         return cls(module, None if bits.weight is None else spec(bits.weight, 0))
 
@@ -78,10 +80,9 @@ class ClassifierQuantizer:
         entry: JsonObject = {"input": None, "weight_bits": self.weight and self.weight.bits}
         if self.input is not None:
             scale, zero_point = self.input.scale, self.input.zero_point
-            assert scale is not None and zero_point is not None  # observed in the constructor
-            entry["input"] = {
-                "scale": float(scale),
-                "zero_point": int(zero_point),
+            entry["input"] = {  # no scale: a dynamic one
+                "scale": None if scale is None else float(scale),
+                "zero_point": None if zero_point is None else int(zero_point),
                 "bits": self.input.spec.bits,
             }
         return entry
@@ -93,10 +94,12 @@ class ClassifierQuantizer:
             module = None
             if values["input"] is not None:
                 entry = values["input"]
-                module = FakeQuant(QuantSpec(int(entry["bits"])), "classifier.input")
-                module.set_qparams(
-                    torch.tensor(float(entry["scale"])), torch.tensor(float(entry["zero_point"]))
-                )
+                dynamic = entry["scale"] is None
+                spec = QuantSpec(int(entry["bits"]), dynamic=dynamic)
+                module = FakeQuant(spec, "classifier.input")
+                if not dynamic:
+                    qparams = (float(entry["scale"]), float(entry["zero_point"]))
+                    module.set_qparams(*map(torch.tensor, qparams))
             bits = values["weight_bits"]
             weight = None if bits is None else QuantSpec(int(bits), ch_axis=0)
         except (KeyError, TypeError, ValueError) as error:

@@ -48,6 +48,7 @@ def pretrained_name(report: JsonObject, *, quantized: bool) -> str:
         return name
     parts = [f"w{report['w_bits']}a{report['a_bits']}", report["recipe"]]
     parts += [] if report["compensation"] == "none" else [report["compensation"]]
+    parts += ["dynamic"] if report["activations"] == "dynamic" else []
     parts += [] if report["attention"] == "none" else [f"attention-{report['attention']}"]
     parts += [] if len(report["towers"]) == 2 else [f"{'-'.join(report['towers'])}-only"]
     return "-".join([name, "qwt-fx", *parts]).lstrip("-")

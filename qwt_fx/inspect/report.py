@@ -18,13 +18,13 @@ from qwt_fx.evaluate.retrieval import CROSS_RECALLS, CROSS_SIDES, RECALLS, RETRI
 from qwt_fx.graph.graph_info import graph_info
 from qwt_fx.graph.nodes import compute_nodes, layer_name
 from qwt_fx.measure.kernel_audit import LayerKernel
-from qwt_fx.quant.quantizers import operand_bits
+from qwt_fx.quant.quantizers import activations_of, operand_bits
 from qwt_fx.version import __version__
 
 SCHEMA = 1
 SETTINGS = (
     "model", "pretrained", "recipe", "compat", "towers", "w_bits", "a_bits", "compensation",
-    "attention", "seed",
+    "attention", "activations", "seed",
 )  # fmt: skip
 CALIBRATION = (
     "samples", "batches", "skipped_samples", "shards", "shards_touched", "bytes_read",
@@ -64,6 +64,7 @@ def layer_rows(
                 "tower": tower,
                 "w_bits": weight_bits,
                 "a_bits": activation_bits,
+                "activations": activations_of(gm, node),
                 "sqnr_db": info.layers.get(name, {}).get("sqnr_db"),
                 "integer_kernel": None if kernel is None else kernel.integer,
                 "reason": reason or (None if kernel is None else kernel.reason),
@@ -153,7 +154,7 @@ def build_report(
     report["peak_rss_bytes"] = peak_rss_bytes()
     report["towers"] = list(graphs)
     if config is not None:
-        for key in ("recipe", "compat", "w_bits", "a_bits", "attention"):
+        for key in ("recipe", "compat", "w_bits", "a_bits", "attention", "activations"):
             report[key] = getattr(config, key)
         compensation = settings_of(config).compensation
         report["compensation"] = "none" if compensation is None else compensation.kind

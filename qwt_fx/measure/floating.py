@@ -15,11 +15,17 @@ from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
 
 _QUANTIZE = frozenset(
-    {torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_CHANNEL, ops.QUANTIZE_LOG_SQRT2}
-)
+    {
+        torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_CHANNEL, torch_ao.QUANTIZE_PER_TOKEN,
+        ops.QUANTIZE_LOG_SQRT2,
+    }
+)  # fmt: skip
 _DEQUANTIZE = frozenset(
-    {torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL, ops.DEQUANTIZE_LOG_SQRT2}
-)
+    {
+        torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL,
+        torch_ao.DEQUANTIZE_PER_TOKEN, ops.DEQUANTIZE_LOG_SQRT2,
+    }
+)  # fmt: skip
 _SIMULATE = frozenset({ops.FAKE_QUANTIZE_AFFINE, ops.FAKE_QUANTIZE_LOG_SQRT2})
 
 

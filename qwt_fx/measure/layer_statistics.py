@@ -24,6 +24,8 @@ from qwt_fx.quant import torch_ao
 from qwt_fx.quant.quantizers import CASTS, Quantizer, quantizer_at
 
 BINS = 72
+_QUANTIZE = frozenset({torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_TOKEN})
+_DEQUANTIZE = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_TOKEN})
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ def _quantize_node(operand: object) -> Node | None:
     """The quantizing node in front of a layer, through ops that move elements and token scales."""
     node = operand
     while isinstance(node, Node):
-        if is_call(node, {torch_ao.DEQUANTIZE_PER_TENSOR}):
+        if is_call(node, _DEQUANTIZE):
             source = node.args[0]
-            if is_call(source, {torch_ao.QUANTIZE_PER_TENSOR}):
+            if is_call(source, _QUANTIZE):
                 assert isinstance(source, Node)
                 return source
             return None
@@ -130,7 +132,7 @@ def _plain(source: Node) -> bool:
     """Whether a layer reads a dequantized value as it is, without scales of positions."""
     while is_call(source, SHAPE_ONLY | CASTS):
         source = source.args[0]  # type: ignore[assignment]
-    return is_call(source, {torch_ao.DEQUANTIZE_PER_TENSOR})
+    return is_call(source, _DEQUANTIZE)
 
 
 def histogram(x: Tensor, quantizer: Quantizer | None) -> LevelHistogram:
@@ -140,9 +142,12 @@ def histogram(x: Tensor, quantizer: Quantizer | None) -> LevelHistogram:
     if high <= low:
         high = low + max(abs(low), 1.0) * 1e-6
     counts = torch.histc(flat, BINS, low, high).long().tolist()
-    if quantizer is None or quantizer.zero_point is None or quantizer.scale.numel() != 1:
+    scale, zero_point = (
+        (None, None) if quantizer is None else (quantizer.scale, quantizer.zero_point)
+    )
+    if quantizer is None or scale is None or zero_point is None or scale.numel() != 1:
         return LevelHistogram(low, high, tuple(counts), None, None, None)
-    step, zero = float(quantizer.scale), float(quantizer.zero_point)
+    step, zero = float(scale), float(zero_point)
     last = (2**quantizer.bits - 1 - zero) * step
     return LevelHistogram(low, high, tuple(counts), step, -zero * step, last, 2**quantizer.bits)
 
@@ -158,7 +163,7 @@ def weight_histograms(gm: GraphModule) -> dict[str, LevelHistogram]:
             continue
         assert isinstance(node, Node)
         quantizer = quantizer_at(gm, node)
-        if quantizer is None or quantizer.zero_point is None:
+        if quantizer is None or quantizer.scale is None or quantizer.zero_point is None:
             continue
         value: Tensor = constant_value(gm, node)
         step = quantizer.scale.reshape(-1, *[1] * (value.dim() - 1))

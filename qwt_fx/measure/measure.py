@@ -79,9 +79,13 @@ def clipped_fraction(
 ) -> float | None:
     """Fraction of the elements that the codes cannot reach within half a step; `None` without a range.
 
+    None of them where every token has a range of its own.
+
     x: (..., channels); the quantizer's scale is () or (channels,). token_scale: see `FakeQuant`.
     """
-    if quantizer is None or quantizer.zero_point is None:
+    if quantizer is not None and quantizer.dynamic:
+        return 0.0
+    if quantizer is None or quantizer.scale is None or quantizer.zero_point is None:
         return None
     if token_scale is not None:
         x = x / token_scale[: x.shape[-token_scale.dim()]]
@@ -91,11 +95,11 @@ def clipped_fraction(
 
 
 def mean_scales(gm: GraphModule, layer: Node) -> dict[str, float]:
-    """Mean scale of a layer's "input" and "weight" quantizer; floating-point sides are left out."""
+    """Mean scale of a layer's "input" and "weight" quantizer; sides without one are left out."""
     scales = {}
     for side, operand in zip(("input", "weight"), layer.args[:2], strict=True):
         quantizer = quantizer_at(gm, operand)
-        if quantizer is not None:
+        if quantizer is not None and quantizer.scale is not None:
             scales[side] = float(quantizer.scale.double().mean())
     return scales
 

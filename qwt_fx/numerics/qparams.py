@@ -4,6 +4,8 @@ Uniform affine b-bit quantizer, RepQ-ViT (arXiv 2212.08254) eq. 1 and 2:
 
     q = clamp(round(x / s) + z, 0, 2^b - 1)        x~ = s (q - z)
 
+A dynamic quantizer takes s and z of every row, one token, from the row's own extremes when it runs.
+
 Log-sqrt2 quantizer for softmax outputs, RepQ-ViT section 3.3:
 
     q = clamp(round(-2 log2(a / s)), 0, 2^b - 1)   a~ = s sqrt2^-q, and 0 below the last level
@@ -37,6 +39,9 @@ class QuantSpec:
         symmetric: the zero point is 2^(bits - 1) whatever the range, and the scale covers both sides.
         reserve_zero: the last log-sqrt2 code means 0, so that b bits hold every value; `False`
             gives the published 2^b + 1 values.
+        dynamic: every row of the last dimension, one token, has a scale and a zero point of its own,
+            found when the quantizer runs (`token_qparams`): nothing is calibrated. With a channel axis
+            it is one of channels until `per_tensor()`: what a reparameterization moves is read off it.
     """
 
     bits: int
@@ -46,6 +51,7 @@ class QuantSpec:
     include_zero: bool = True
     symmetric: bool = False
     reserve_zero: bool = True
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -54,6 +60,16 @@ class QuantSpec:
             raise ConfigError(f"QuantSpec.scheme: got {self.scheme!r}, wanted affine or log_sqrt2")
         if self.scheme == LOG_SQRT2 and self.ch_axis is not None:
             raise ConfigError("QuantSpec: the log-sqrt2 quantizer has one scale per tensor")
+        plain = self.include_zero and not self.symmetric
+        if self.dynamic and not (
+            self.scheme == AFFINE
+            and self.integer_zero_point
+            and (plain or self.ch_axis is not None)
+        ):
+            raise ConfigError(
+                "QuantSpec: a dynamic quantizer is affine, with integer zero points, and the range of a "
+                "row is not symmetric and contains 0"
+            )
 
     @property
     def quant_min(self) -> int:
@@ -70,8 +86,15 @@ class QuantSpec:
         """Whether integers of `bits` bits and standard q/dq ops can express the quantizer."""
         return self.integer_zero_point if self.scheme == AFFINE else self.reserve_zero
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the quantizer finds the range of each token when it runs, and needs no other."""
+        return self.dynamic and self.ch_axis is None
+
     def per_tensor(self) -> QuantSpec:
-        """The same quantizer with one scale for the whole tensor."""
+        """The same quantizer with one scale for the whole tensor, or for each token."""
+        if self.dynamic:
+            return QuantSpec(self.bits, dynamic=True)
         return replace(self, ch_axis=None)
 
 
@@ -103,6 +126,21 @@ def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tens
     if spec.include_zero:
         zero_point = zero_point.clamp(spec.quant_min, spec.quant_max)
     return scale, zero_point
+
+
+def token_qparams(x: Tensor, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each row of `x` (..., channels) from its extremes, widened to hold 0.
+
+    Returns (..., 1) float32 and int32. A row without width gets scale 1; one with a NaN or an infinite
+    value a scale that is not finite, so that it stays not finite and nothing passes for a number.
+    """
+    low = x.amin(dim=-1, keepdim=True).float().clamp(max=0.0)
+    high = x.amax(dim=-1, keepdim=True).float().clamp(min=0.0)
+    scale = (high - low) / quant_max
+    # Subnormal widths would overflow low / scale; NaN is not among them.
+    scale = torch.where(scale <= torch.finfo(torch.float32).tiny, 1.0, scale)
+    zero_point = torch.round(-low / scale).nan_to_num(0.0).clamp(0, quant_max)
+    return scale, zero_point.to(torch.int32)
 
 
 def _zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:

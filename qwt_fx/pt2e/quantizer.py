@@ -129,6 +129,11 @@ class QwTQuantizer(_quantizer.Quantizer):  # type: ignore[misc]
         if is_constant(source):
             return "its input depends on no input of the model"
         specs: dict[Node, Any] = {}
+        if bits.activation is not None and bits.dynamic:
+            raise ConfigError(
+                f"QwTQuantizer: an override makes {layer_name(node)} dynamic, and PT2E's observers are "
+                "static; use qwt_fx.quantize"
+            )
         if bits.activation is not None:
             image = node.target in CONVOLUTIONS and through_shape_ops(source).op == "placeholder"
             specs[source] = self._activation(source, _IMAGE_BITS if image else bits.activation)
@@ -175,6 +180,7 @@ def _check(config: QuantConfig, ranges: object) -> None:
         "compensation": config.compensation not in ("auto", "none"),
         "attention": config.attention not in ("none", "uniform"),
         "exceptions": config.exceptions > 0.0,
+        "activations": config.activations != "static",
     }
     for name in (n for n, wrong in refused.items() if wrong):
         raise ConfigError(

@@ -28,7 +28,8 @@ class FakeQuant(nn.Module):
     """Quantizes and dequantizes a tensor with the very operators that conversion will insert.
 
     `scale` is () or (channels,) float32 and `zero_point` the same, integer-valued unless
-    `spec.integer_zero_point` is false; both are `None` until observed. `rows`, when set, is a
+    `spec.integer_zero_point` is false; both are `None` until observed, and always where the quantizer is
+    dynamic (`spec.per_token`), which finds those of every row as it runs. `rows`, when set, is a
     boolean mask over all dimensions but the last, flattened: only these rows are observed.
 
     `token_scale`, float32 powers of two, (length, 1) for an activation (n, length, channels) and
@@ -52,8 +53,8 @@ class FakeQuant(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the quantizer has a scale."""
-        return self.scale is not None
+        """Whether the quantizer has a scale, or needs none."""
+        return self.spec.per_token or self.scale is not None
 
     def reset(self) -> None:
         """Forget the qparams: the next observation searches again."""
@@ -66,7 +67,7 @@ class FakeQuant(nn.Module):
         self.zero_point = None if zero_point is None else zero_point.detach().clone()
 
     def observe(self, x: Tensor) -> None:
-        """Find the qparams of `x`. Raises `DataError` for NaN or infinite values."""
+        """Find the qparams of `x`, if it needs some. Raises `DataError` for NaN or infinite values."""
         if self.rows is not None:
             x = x.reshape(-1, x.shape[-1])[self.rows]
         if x.numel() == 0:
@@ -77,6 +78,8 @@ class FakeQuant(nn.Module):
                 f"{self.name}: NaN or infinite values in the tensor to quantize; "
                 "check the weights and the calibration inputs"
             )
+        if self.spec.per_token:
+            return
         scale, zero_point = search(x, self.spec)
         if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
             raise DataError(
@@ -89,9 +92,7 @@ class FakeQuant(nn.Module):
         """Quantize and dequantize `x`, or pass it through, as `mode` says."""
         if self.mode is Mode.OFF:
             return x
-        if self.scale is None:
-            if self.mode is Mode.ON:
-                raise NotCalibratedError(f"{self.name} has no scale: observe or calibrate first")
+        if self.mode is Mode.OBSERVE and self.scale is None:
             self.observe(x)
         return self.fake_quantize(x)
 
@@ -106,6 +107,8 @@ class FakeQuant(nn.Module):
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         spec, scale = self.spec, self.scale
+        if spec.per_token:
+            return _round_trip_of_tokens(x, spec)
         if scale is None:
             raise NotCalibratedError(f"{self.name} has no scale: observe or calibrate first")
         result: Tensor
@@ -141,6 +144,15 @@ def _round_trip(x: Tensor, *qparams: object) -> Tensor:
     """Codes of one scale and back."""
     codes = torch_ao.QUANTIZE_PER_TENSOR(x, *qparams)
     result: Tensor = torch_ao.DEQUANTIZE_PER_TENSOR(codes, *qparams)
+    return result
+
+
+def _round_trip_of_tokens(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of each row's own scale and back."""
+    qparams = ops.CHOOSE_QPARAMS_PER_TOKEN(x, spec.quant_max)
+    limits = (spec.quant_min, spec.quant_max, torch.uint8)
+    codes = torch_ao.QUANTIZE_PER_TOKEN(x, *qparams, *limits)
+    result: Tensor = torch_ao.DEQUANTIZE_PER_TOKEN(codes, *qparams, *limits, torch.float32)
     return result
 
 

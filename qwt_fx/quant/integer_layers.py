@@ -5,7 +5,8 @@ scale s) and weight codes w (zero point v and scale t per row), exactly
 
     y_j = s t_j (sum_k a_k (w_jk - v_j)  -  z sum_k (w_jk - v_j)) + b_j
 
-so the integer product and one constant per row are all there is to compute.
+so the integer product and one constant per row are all there is to compute. Of a dynamic input, every
+token has its own z and s, which its row of the product is corrected and multiplied by.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from qwt_fx.text.text_length import uncut
 aten = torch.ops.aten
 _QUANTIZE = frozenset({torch_ao.QUANTIZE_PER_TENSOR})
 _DEQUANTIZE = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
+_QUANTIZE_TOKENS = frozenset({torch_ao.QUANTIZE_PER_TOKEN})
+_DEQUANTIZE_TOKENS = frozenset({torch_ao.DEQUANTIZE_PER_TOKEN})
 _DEQUANTIZE_ROWS = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})
 
 
@@ -42,6 +45,8 @@ class IntegerInput:
             (`qwt_fx.text.text_length.cut_to_length`), that multiplies the dequantized
             value position by position, or `None`. A linear may multiply its product by it instead.
         moved_by: the shape-only nodes between the dequantized value and the layer, first one first.
+        of_token: scale (..., 1) float32 and zero point (..., 1) int32 of a dynamic quantizer, as nodes;
+            `scale` and `zero_point` are 1 and 0 then. `None` of a static one.
     """
 
     codes: Node
@@ -52,6 +57,7 @@ class IntegerInput:
     quant_max: int
     token_scale: Node | None
     moved_by: tuple[Node, ...]
+    of_token: tuple[Node, Node] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ def _why_not(gm: GraphModule, node: Node, weight: bool) -> str:
         return "it is not quantized"
     if floating[weight]:
         return f"its {'weight' if weight else 'input'} is not quantized"
-    return f"its {'weight is not quantized per row' if weight else 'input is not quantized per tensor'}"
+    return f"its {'weight is not quantized per row' if weight else 'input is not quantized per tensor or per token'}"
 
 
 def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:
@@ -137,6 +143,8 @@ def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:
         moved.append(node)
         node = node.args[0]
     node = _uncast(node)
+    if is_call(node, _DEQUANTIZE_TOKENS) and is_call(node.args[0], _QUANTIZE_TOKENS):
+        return _dynamic_input(node, tuple(reversed(moved)))
     token_scale = None
     if is_call(node, {aten.mul.Tensor}) and is_call(node.args[0], _DEQUANTIZE):
         token_scale = node.args[1]
@@ -154,6 +162,17 @@ def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:
         codes, source, float(scale), int(zero_point), int(low), int(high), token_scale,
         tuple(reversed(moved)),
     )  # fmt: skip
+
+
+def _dynamic_input(node: Node, moved: tuple[Node, ...]) -> IntegerInput | None:
+    codes, *qparams = node.args[:6]
+    assert isinstance(codes, Node)  # the quantizer in front of it
+    source, scale, zero_point, low, high, _ = codes.args
+    if qparams != list(codes.args[1:]) or not isinstance(source, Node):
+        return None
+    assert isinstance(scale, Node) and isinstance(zero_point, Node)  # tensors of the graph
+    limits = (int(low), int(high))  # type: ignore[arg-type]
+    return IntegerInput(codes, source, 1.0, 0, *limits, None, moved, (scale, zero_point))
 
 
 def weight_of(gm: GraphModule, node: Any) -> IntegerWeight | None:

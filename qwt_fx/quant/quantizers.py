@@ -28,6 +28,7 @@ from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 from qwt_fx.text.text_length import uncut
 
 _PER_TENSOR = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
+_PER_TOKEN = frozenset({torch_ao.DEQUANTIZE_PER_TOKEN})
 _PER_CHANNEL = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})
 _LOG = frozenset({ops.DEQUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_LOG_SQRT2})
 _ORIGINAL = frozenset({ops.FAKE_QUANTIZE_AFFINE})
@@ -37,11 +38,19 @@ _COMPENSATION = re.compile(r"(.*)\.compensation(?:\.down|\.up)?")
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One quantizer found in a graph: its bits, scale and zero point (`None` for log-sqrt2)."""
+    """One quantizer found in a graph: its bits, scale and zero point (`None` for log-sqrt2).
+
+    A dynamic one has neither: it finds those of each token when it runs.
+    """
 
     bits: int
-    scale: Tensor
+    scale: Tensor | None
     zero_point: Tensor | None
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether each token has a range of its own."""
+        return self.scale is None
 
 
 def _bits(quant_max: object) -> int:
@@ -58,12 +67,14 @@ def quantizer_at(gm: GraphModule, node: object) -> Quantizer | None:
         return None
     if is_fake_quant(gm, node):
         module = fake_quant_of(gm, node)
-        if module.scale is None:
+        if not module.calibrated:
             return None
         return Quantizer(module.spec.bits, module.scale, module.zero_point)
     if is_call(node, _PER_TENSOR):
         _, scale, zero_point, _, quant_max = node.args[:5]
         return Quantizer(_bits(quant_max), torch.tensor(scale), torch.tensor(zero_point))
+    if is_call(node, _PER_TOKEN):
+        return Quantizer(_bits(node.args[4]), None, None)
     if is_call(node, _PER_CHANNEL):
         scale, zero_point = tensor_of(gm, node.args[1]), tensor_of(gm, node.args[2])
         return None if scale is None else Quantizer(_bits(node.args[5]), scale, zero_point)
@@ -101,19 +112,29 @@ def _has_parameter(node: Node) -> bool:
     return any(isinstance(a, Node) and is_constant(a) for a in node.args[:2])
 
 
+def activations_of(gm: GraphModule, node: Node) -> str | None:
+    """ "static" or "dynamic": how a multiplying node's activation is quantized; `None`: it is not."""
+    quantizer = quantizer_at(gm, node.args[0])
+    if quantizer is None:
+        return None
+    return "dynamic" if quantizer.dynamic else "static"
+
+
 def qparams(gm: GraphModule) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
     """Scales and zero points of every quantized layer.
 
     Returns `{layer: {"input": (scale, zero_point), "weight": (scale, zero_point)}}`; a side in
-    floating point has no entry. Scales are float32, () per tensor or (channels,) per channel.
+    floating point has no entry, nor has a dynamic input, which finds its own when it runs. Scales are
+    float32, () per tensor or (channels,) per channel.
     """
     quantizers: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for node in weight_layers(gm):
         entry = {}
         for kind, operand in zip(("input", "weight"), node.args[:2], strict=False):
             quantizer = quantizer_at(gm, operand)
-            if quantizer is not None and quantizer.zero_point is not None:
-                entry[kind] = (quantizer.scale, quantizer.zero_point)
+            if quantizer is None or quantizer.scale is None or quantizer.zero_point is None:
+                continue
+            entry[kind] = (quantizer.scale, quantizer.zero_point)
         if entry:
             quantizers[layer_name(node)] = entry
     return quantizers

@@ -24,6 +24,8 @@ _OPERATORS = (
     "dequantize_per_tensor",
     "quantize_per_channel",
     "dequantize_per_channel",
+    "quantize_per_token",
+    "dequantize_per_token",
 )
 
 
@@ -74,3 +76,5 @@ QUANTIZE_PER_TENSOR = _ops.quantize_per_tensor.default
 DEQUANTIZE_PER_TENSOR = _ops.dequantize_per_tensor.default
 QUANTIZE_PER_CHANNEL = _ops.quantize_per_channel.default
 DEQUANTIZE_PER_CHANNEL = _ops.dequantize_per_channel.default
+QUANTIZE_PER_TOKEN = _ops.quantize_per_token.default
+DEQUANTIZE_PER_TOKEN = _ops.dequantize_per_token.default

@@ -12,6 +12,7 @@ from qwt_fx.clip.preprocessing import PreprocessOverrides
 from qwt_fx.commands import inputs
 from qwt_fx.commands.arguments import add_model, add_quant, quant_config
 from qwt_fx.commands.config_file import config_arguments
+from qwt_fx.commands.config_text import config_text
 from qwt_fx.commands.reproduce import command_line
 
 
@@ -33,6 +34,17 @@ def test_remedies_reach_the_configuration() -> None:
     assert config.embedding_bits == 32
     assert config.token_masks == "all"
     assert config.exceptions == 0.1
+
+
+def test_activations_reach_the_configuration(tmp_path: Path) -> None:
+    config = quant_config(_parse("--activations", "dynamic", "--override", "*.fc2=w6a4s"))
+    assert config.activations == "dynamic"
+    assert [config.bits_for(name).dynamic for name in ("a.fc1", "a.fc2")] == [True, False]
+    file = tmp_path / "c.toml"
+    file.write_text(config_text(config, "both"))
+    parser = argparse.ArgumentParser()
+    add_quant(parser)
+    assert quant_config(parser.parse_args(config_arguments(parser, file))) == config
 
 
 def test_a_config_file_holds_them_as_a_table(tmp_path: Path) -> None:

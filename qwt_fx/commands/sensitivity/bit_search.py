@@ -19,7 +19,8 @@ from qwt_fx.checkpoint.resume_folder import ResumeFolder
 from qwt_fx.clip.clip import TOWERS
 from qwt_fx.commands.quantize.pipeline import config_of_tower
 from qwt_fx.commands.screen import Screen
-from qwt_fx.config.config import FLOAT_BITS, QuantConfig
+from qwt_fx.config.config import QuantConfig
+from qwt_fx.config.layer_bits import FLOAT_BITS
 from qwt_fx.config.settings import settings_of
 from qwt_fx.errors import ConfigError, OutputError
 from qwt_fx.evaluate.metrics import NearestCaption
@@ -207,6 +208,7 @@ class BitSearch:
             recipe="repq-vit",
             compensation="none",
             attention=config.attention,
+            activations=config.activations,
             overrides=config.overrides,
             embedding_bits=settings_of(config).embedding_bits,
         )

@@ -49,7 +49,7 @@ def layer_cells(row: JsonObject) -> list[str]:
     return [
         row["name"],
         bits(row),
-        _pair(row["input"]),
+        "per token" if row.get("activations") == "dynamic" else _pair(row["input"]),
         _pair(row["weight"]),
         "-" if row["clipped"] is None else f"{100 * row['clipped']:.2f}",
         "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
@@ -60,9 +60,10 @@ def layer_cells(row: JsonObject) -> list[str]:
 
 
 def bits(row: JsonObject) -> str:
-    """`w4a8`; "-" for a side in floating point, alone when both are."""
+    """`w4a8`, `w4a8d` of dynamic activations; "-" for a side in floating point, alone when both are."""
     w, a = row["w_bits"], row["a_bits"]
-    return "-" if w is None and a is None else f"w{w or '-'}a{a or '-'}"
+    dynamic = "d" if row.get("activations") == "dynamic" else ""
+    return "-" if w is None and a is None else f"w{w or '-'}a{a or '-'}{dynamic}"
 
 
 def _pair(value: tuple[float, float] | None) -> str:

@@ -225,7 +225,7 @@ def test_half_precision_between_the_integer_layers(tower: str, precision: str) -
     with torch.no_grad():
         Spy(lowered).run(x)
     assert seen == {wanted}
-    floats = {n.args[7] for n in _calls(lowered)} - {torch.int8}
+    floats = {n.args[8] for n in _calls(lowered)} - {torch.int8}
     assert floats == {wanted}
 
 

@@ -32,17 +32,19 @@ def _operands(
         integers(-50, 50, columns) / 50,
         2.0 ** integers(-2, 3, lead[-1], 1),
         integers(-128, 128, columns).int(),
+        integers(-128, 128, *lead, 1).int(),
     ]
     return [v.to(device) for v in values]
 
 
 def _exact(
     codes: Tensor, weight: Tensor, scale: Tensor, offset: Tensor,
-    bias: Tensor | None, rows: Tensor | None, shift: Tensor | None,
+    bias: Tensor | None, rows: Tensor | None, shift: Tensor | None, zeros: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Before the activation, float64, with a loop over nothing but the formula."""
     difference = weight.long() - (0 if shift is None else shift.long()[:, None])
-    y = (codes.long() @ difference.T + offset.long()).double() * scale.double()
+    offset = offset.long() * (1 if zeros is None else zeros.long())
+    y = (codes.long() @ difference.T + offset).double() * scale.double()
     y = y * (1.0 if rows is None else rows.double())
     return y + (0.0 if bias is None else bias.double())
 
@@ -75,7 +77,7 @@ def _assert_close(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("absent", [(), (4,), (5,), (6,), (4, 5, 6)])
+@pytest.mark.parametrize("absent", [(), (4,), (5,), (6,), (7,), (4, 5, 6, 7)])
 def test_the_cpu_computes_the_formula(
     dtype: torch.dtype, activation: str, absent: tuple[int, ...]
 ) -> None:
@@ -107,7 +109,7 @@ def test_quantized_results_are_those_of_the_quantize_operator() -> None:
 
 def test_an_unknown_activation_is_refused() -> None:
     operands = _operands(lead=(3,))
-    operands[5] = None
+    operands[5] = operands[7] = None
     with pytest.raises(PreconditionError, match=r"activation 'swish', wanted one of none, gelu"):
         by_int_mm(*operands, Epilogue(torch.float32, "swish"))
 

@@ -53,6 +53,12 @@ def test_every_activation_with_and_without_bias_and_token_scales(
     assert {name: error for name, (error, _) in found.items() if error > 2e-6} == {}
 
 
+def test_zero_points_of_rows(interpreted: dict[str, Any]) -> None:
+    found = _named(interpreted, "rows' zero points")
+    assert len(found) == 8
+    assert {name: error for name, (error, _) in found.items() if error > 2e-6} == {}
+
+
 def test_sums_of_extremes_are_exact(interpreted: dict[str, Any]) -> None:
     found = _named(interpreted, "extreme")
     assert len(found) == 24

@@ -19,12 +19,12 @@ from qwt_fx.backends.cuda import int8_triton
 
 POINTERS = {
     "codes": "*i8", "weight": "*i8", "scale": "*fp32", "offset": "*i32", "bias": "*fp32",
-    "row_scale": "*fp32", "weight_zero_point": "*i32", "out": "*bf16",
+    "row_scale": "*fp32", "weight_zero_point": "*i32", "row_zero_point": "*i32", "out": "*bf16",
 }  # fmt: skip
 SIZES = {"M": "i32", "N": "i32", "K": "i32"}
 FLAGS = {
-    "HAS_BIAS": True, "HAS_ROWS": True, "HAS_ZERO_POINT": True, "ACTIVATION": 1,
-    "QUANTIZE": False, "EVEN_K": False, "FEW_ROWS": 2,
+    "HAS_BIAS": True, "HAS_ROWS": True, "HAS_ZERO_POINT": True, "HAS_ROW_ZEROS": True,
+    "ACTIVATION": 1, "QUANTIZE": False, "EVEN_K": False, "FEW_ROWS": 2,
 }  # fmt: skip
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 INSTRUCTION = {80: r"mma\.sync\S+\.s32\.s8\.s8\.s32", 90: r"(wgmma|mma)\S+\.s32\.s8\.s8"}

@@ -48,10 +48,12 @@ class Case:
         self.scale = (integers(1, 100, columns, seed=3) * 1e-4 / inner).float()
         self.bias: Tensor | None = integers(-50, 50, columns, seed=4) / 100
         self.rows: Tensor | None = None
+        self.zeros: Tensor | None = None  # of rows that have their own
 
     def total(self) -> Tensor:
         """(rows, columns) int64."""
-        return (self.a - self.z) @ (self.w - self.v[:, None]).T
+        zero = self.z if self.zeros is None else self.zeros[:, None]
+        return (self.a - zero) @ (self.w - self.v[:, None]).T
 
     def exact(self, activation: str = "none") -> Tensor:
         """(rows, columns) float64."""
@@ -64,11 +66,13 @@ class Case:
 
     def computed(self, epilogue: Epilogue) -> Tensor:
         weight, shift = self.w - 128, self.v - 128
-        offset = -(self.z - 128) * (weight - shift[:, None]).sum(dim=1)
+        offset = -(weight - shift[:, None]).sum(dim=1)
+        zeros = None if self.zeros is None else (self.zeros - 128).int()
+        offset = offset if zeros is not None else (self.z - 128) * offset
         fits = bool((shift == 0).all())
         return launch(
             (self.a - 128).to(torch.int8), weight.to(torch.int8), self.scale,
-            offset.int(), self.bias, self.rows, None if fits else shift.int(), epilogue,
+            offset.int(), self.bias, self.rows, None if fits else shift.int(), zeros, epilogue,
         )  # fmt: skip
 
 
@@ -95,6 +99,12 @@ def cases() -> dict[str, Any]:
         found[f"epilogue {activation} bias {bias} rows {rows}"] = floating(
             case, activation=activation
         )
+    for shape in SHAPES:
+        for activation in ("none", "gelu"):
+            case = Case(*shape)
+            case.rows = integers(1, 100, shape[0], seed=6) / 50
+            case.zeros = integers(0, 256, shape[0], seed=7)
+            found[f"rows' zero points {shape} {activation}"] = floating(case, activation=activation)
     for a, w, z, v in itertools.product((0, 255), (0, 255), (0, 255), (0, 128, 255)):
         case = Case(2, 3, 3072)  # as long as a sum of ViT-B, every product at its extreme
         case.a.fill_(a)
