@@ -133,7 +133,9 @@ def _why_not(gm: GraphModule, node: Node, weight: bool) -> str:
         return "it is not quantized"
     if floating[weight]:
         return f"its {'weight' if weight else 'input'} is not quantized"
-    return f"its {'weight is not quantized per row' if weight else 'input is not quantized per tensor or per token'}"
+    if weight:
+        return "its weight is not quantized per row"
+    return "its input is not quantized per tensor or per token"
 
 
 def input_of(gm: GraphModule, node: Any) -> IntegerInput | None:
