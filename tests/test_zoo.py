@@ -94,7 +94,7 @@ def test_figures(entry: Entry) -> None:
     # XCiT's channels attend to each other behind batch norms; folded or not, 8 bits leave it 24 dB.
     assert figures.w8a8 >= (24.0 if entry.name == "timm xcit" else 25.0)
     assert figures.compensated >= 0.75 * figures.blocks
-    assert figures.w4a4_qwt - figures.w4a4 >= (0.1 if entry.name == "timm pvt_v2" else 0.3)
+    assert figures.w4a4_qwt - figures.w4a4 >= (0.1 if entry.name == "timm pvt_v2" else 0.2)
     norms = [n for n in _captured(entry).graph.nodes if NORM.search(str(n.target))]
     assert figures.reparameterized + sum(figures.skipped.values()) == len(norms)
     assert all(len(reason.split()) > 2 for reason in figures.skipped)

@@ -23,7 +23,9 @@ from qwt_fx.numerics.product_search import (
     ProbabilityRange,
     balanced_ranges,
     choose_balance,
-    search_probabilities,
+    least_error,
+    probability_ranges,
+    product_errors,
 )
 from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2, QuantSpec
 from qwt_fx.numerics.range_search import Range
@@ -152,16 +154,26 @@ def _probabilities(
     schemes = (LOG_SQRT2, AFFINE) if choose_softmax else (module.spec.scheme,)
 
     def find() -> tuple[str, Tensor, float]:
-        def search() -> ProbabilityRange:
-            return search_probabilities(_samples(walk, product, readers), module.spec, schemes)
-
-        return tuple(vars(walk.batches.fitted(ProbabilityRange, search)).values())
+        batches, spec = walk.batches, module.spec
+        samples = _samples(walk, product, readers)
+        largest = list(batches.in_order(lambda k: [_largest(samples[k][0])]))
+        reach = batches.ranks.from_first(lambda: max(map(float, largest)))
+        candidates = probability_ranges(reach, spec, schemes)
+        errors = list(batches.in_order(lambda k: [product_errors(*samples[k], candidates, spec)]))
+        best = batches.fitted(
+            ProbabilityRange, lambda: least_error(candidates, torch.stack(errors).sum(0))
+        )
+        return tuple(vars(best).values())
 
     scheme, scale, error = walk.journal.once(f"range of {module.name}", find)
     module.spec = replace(module.spec, scheme=scheme)
     zero = torch.zeros_like(scale) if scheme == AFFINE else None
     module.set_qparams(scale, zero)
     return Change(module.name, f"{scheme}: squared error of the product {error:.4g}")
+
+
+def _largest(p: Tensor) -> Tensor:
+    return p.amax() if p.numel() else p.new_zeros(())
 
 
 def _samples(
@@ -172,6 +184,7 @@ def _samples(
     size = _importance(walk, values, readers).sqrt()
     samples = []
     for index, p in enumerate(walk.values(queries.source)):
+        number = walk.batches.numbers[index]  # the same rows however the batches are shared
         check_range(p, fake_quant_of(walk.gm, queries.quantizer).name)
         v = walk.values(values.source)[index].float()
         v = v * values.spread(size.to(v.dtype), v.shape)
@@ -180,7 +193,7 @@ def _samples(
         if mask is not None:
             p = p * mask.reshape(p.shape[:-1])[..., None].to(p.device)
         step = max(1, p.numel() // _PROBABILITIES)
-        some = p.reshape(*v.shape[:-2], *p.shape[-2:])[..., index % step :: step, :]
+        some = p.reshape(*v.shape[:-2], *p.shape[-2:])[..., number % step :: step, :]
         samples.append((some, v))
     return samples
 

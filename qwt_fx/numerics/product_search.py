@@ -124,27 +124,38 @@ class ProbabilityRange:
     error: float
 
 
-def search_probabilities(
-    samples: Sequence[tuple[Tensor, Tensor]], spec: QuantSpec, schemes: Sequence[str]
-) -> ProbabilityRange:
-    """The quantizer of softmax(QK^T) that disturbs its product with the values least.
+def probability_ranges(
+    largest: float, spec: QuantSpec, schemes: Sequence[str]
+) -> list[tuple[str, Tensor]]:
+    """Candidates for a quantizer of softmax(QK^T): scheme and scale, () float32.
 
-    samples: probabilities (..., queries, keys) and values (..., keys, d), weighted by what an error of
-    each channel counts, of each batch; schemes: candidates of `QuantSpec.scheme`.
+    largest: of all probabilities; schemes: candidates of `QuantSpec.scheme`.
     """
-    largest = max((float(p.max()) for p, _ in samples if p.numel()), default=0.0)
     largest = max(largest, torch.finfo(torch.float32).tiny)
-    best: ProbabilityRange | None = None
-    for scheme in schemes:
-        for reach in _REACH.tolist():
-            scale = torch.tensor(largest * 2.0**-reach, dtype=torch.float32)
-            if scheme == AFFINE:
-                scale = scale / spec.quant_max
-            error = sum(_product_error(p, v, scheme, scale, spec) for p, v in samples)
-            if best is None or error < best.error:
-                best = ProbabilityRange(scheme, scale, error)
-    assert best is not None  # schemes is not empty
-    return best
+    steps = {scheme: spec.quant_max if scheme == AFFINE else 1 for scheme in schemes}
+    return [
+        (scheme, torch.tensor(largest * 2.0**-reach, dtype=torch.float32) / step)
+        for scheme, step in steps.items()
+        for reach in _REACH.tolist()
+    ]
+
+
+def product_errors(
+    p: Tensor, v: Tensor, candidates: Sequence[tuple[str, Tensor]], spec: QuantSpec
+) -> Tensor:
+    """Squared error of each candidate's product with the values, (candidates,) float64.
+
+    p: probabilities (..., queries, keys); v: values (..., keys, d), weighted by what an error of each
+    channel counts.
+    """
+    errors = [_product_error(p, v, scheme, scale, spec) for scheme, scale in candidates]
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+def least_error(candidates: Sequence[tuple[str, Tensor]], errors: Tensor) -> ProbabilityRange:
+    """The candidate whose products, of all batches together, are disturbed least."""
+    best = int(errors.argmin())
+    return ProbabilityRange(*candidates[best], float(errors[best]))
 
 
 def _product_error(p: Tensor, v: Tensor, scheme: str, scale: Tensor, spec: QuantSpec) -> float:

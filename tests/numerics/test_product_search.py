@@ -9,9 +9,12 @@ from torch import Tensor
 
 from qwt_fx.numerics.histogram import Histogram
 from qwt_fx.numerics.product_search import (
+    ProbabilityRange,
     balanced_ranges,
     choose_balance,
-    search_probabilities,
+    least_error,
+    probability_ranges,
+    product_errors,
 )
 from qwt_fx.numerics.qparams import AFFINE, LOG_SQRT2, QuantSpec
 from qwt_fx.numerics.range_search import Range
@@ -85,6 +88,14 @@ def _oracle(p: np.ndarray, v: np.ndarray, scheme: str, scale: float) -> float:
         codes = np.clip(np.rint(-2.0 * np.log2(np.maximum(p, 1e-300) / scale)), 0, 15)
         rounded = np.where(codes == 15, 0.0, scale * 2.0 ** (-codes / 2.0))
     return float((((rounded - p) @ v) ** 2).sum())
+
+
+def search_probabilities(
+    samples: list[tuple[torch.Tensor, torch.Tensor]], spec: QuantSpec, schemes: list[str]
+) -> ProbabilityRange:
+    candidates = probability_ranges(max(float(p.max()) for p, _ in samples), spec, schemes)
+    errors = [product_errors(p, v, candidates, spec) for p, v in samples]
+    return least_error(candidates, torch.stack(errors).sum(0))
 
 
 @pytest.mark.parametrize("sharpness", [0.02, 1.0, 6.0])
