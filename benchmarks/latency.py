@@ -82,8 +82,8 @@ def onnx_sides(
     example, threads = inputs(tower, 2), args.threads
     floating, ours = folder / f"{tower}.onnx", folder / f"{tower}-ours.onnx"
     signed = folder / f"{tower}-signed.onnx"
-    export_floating(module, example, floating)
-    samples = inputs(tower, args.samples, seed=1).split(1)
+    export_floating(module, (example,), floating)
+    samples = [(x,) for x in inputs(tower, args.samples, seed=1).split(1)]
     api.export(quantized, ours, (example,))
     api.export(quantized, signed, (example,), pack="int8")
     runs["onnxruntime, our export"] = onnx_runtime_session(ours, threads=threads)

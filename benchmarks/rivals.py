@@ -9,19 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Run = Callable[[Tensor], Any]
+Inputs = tuple[Tensor, ...]
+Run = Callable[..., Any]
 
 
-def export_floating(module: nn.Module, example: Tensor, path: Path) -> None:
-    """The FP32 model in ONNX, batch dynamic."""
+def export_floating(module: nn.Module, inputs: Inputs, path: Path) -> None:
+    """The FP32 model in ONNX, batch dynamic; its inputs are called x0, x1, ..."""
+    dim = torch.export.Dim("n")
     torch.onnx.export(
-        module, (example,), str(path), input_names=["x"], dynamo=True, external_data=False,
-        dynamic_shapes=({0: torch.export.Dim("n")},),
+        module, inputs, str(path), input_names=list(_feed(inputs)), dynamo=True, external_data=False,
+        dynamic_shapes=({0: dim},) * len(inputs),
     )  # fmt: skip
 
 
+def _feed(inputs: Inputs) -> dict[str, Any]:
+    return {f"x{at}": x.numpy() for at, x in enumerate(inputs)}
+
+
 def onnxruntime_static(
-    floating: Path, batches: Iterable[Tensor], threads: int, *, exact: bool
+    floating: Path, batches: Iterable[Inputs], threads: int, *, exact: bool
 ) -> Run:
     """ONNX Runtime's own static quantization: QDQ, per channel, linears and convolutions.
 
@@ -37,7 +43,7 @@ def onnxruntime_static(
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self.batches, None)
-            return None if batch is None else {"x": batch.numpy()}
+            return None if batch is None else _feed(batch)
 
     quantized = floating.with_name(f"{floating.stem}-int8.onnx")
     if not quantized.exists():
@@ -50,24 +56,24 @@ def onnxruntime_static(
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(quantized), options, ["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    return lambda *inputs: torch.from_numpy(session.run(None, _feed(inputs))[0])
 
 
-def openvino_nncf(floating: Path, batches: Iterable[Tensor], threads: int) -> dict[str, Run]:
+def openvino_nncf(floating: Path, batches: Iterable[Inputs], threads: int) -> dict[str, Run]:
     """NNCF's own `quantize` for transformers, in OpenVINO: its floats in float32 and as it comes."""
     import nncf
     import openvino
 
     model = nncf.quantize(
         openvino.Core().read_model(str(floating)),
-        nncf.Dataset([batch.numpy() for batch in batches]),
+        nncf.Dataset([_feed(batch) for batch in batches]),
         model_type=nncf.ModelType.TRANSFORMER,
     )
     options = {"INFERENCE_NUM_THREADS": threads}
 
     def run(**more: str) -> Run:
         compiled = openvino.Core().compile_model(model, "CPU", options | more)
-        return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+        return lambda *inputs: torch.from_numpy(compiled(_feed(inputs))[0])
 
     return {
         "openvino nncf": run(INFERENCE_PRECISION_HINT="f32"),
