@@ -7,24 +7,15 @@ and so does what grows much: a bias for every pair of positions, gathered from a
 
 from __future__ import annotations
 
-import torch
 from torch.fx import GraphModule, Node
 
 from qwt_fx.graph.constants import constant_tensor
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.nodes import ancestors, is_call, is_constant, is_move, tensor_of
 from qwt_fx.graph.pass_base import clean_up
-from qwt_fx.quant import operators as ops
-from qwt_fx.quant import torch_ao
+from qwt_fx.quant.quantizers import CASTS, DEQUANTIZE
 
-_DEQUANTIZE = frozenset(
-    {
-        torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL,
-        torch_ao.DEQUANTIZE_PER_TOKEN, ops.DEQUANTIZE_LOG_SQRT2,
-    }
-)  # fmt: skip
 _MOST_GROWTH = 4
-_CASTS = frozenset({torch.ops.aten.to.dtype})
 
 
 def fold_constants(gm: GraphModule) -> list[str]:
@@ -59,6 +50,6 @@ def _stored(gm: GraphModule, node: Node) -> int:
 def _computes(node: Node) -> bool:
     """Whether more than moves and casts stand behind a constant, and no stored integers do."""
     calls = [n for n in ancestors(node) if n.op == "call_function"]
-    if any(is_call(n, _DEQUANTIZE) for n in calls):
+    if any(is_call(n, DEQUANTIZE) for n in calls):
         return False
-    return any(not is_move(n) and not is_call(n, _CASTS) for n in calls)
+    return any(not is_move(n) and not is_call(n, CASTS) for n in calls)

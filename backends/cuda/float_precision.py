@@ -12,24 +12,13 @@ from qwt_fx.graph.aten import CONVOLUTIONS, LAYER_NORM, LINEAR, MATMULS, RMS_NOR
 from qwt_fx.graph.edits import add_tensor
 from qwt_fx.graph.nodes import is_call, is_move, tensor_of
 from qwt_fx.quant import operators as ops
-from qwt_fx.quant import torch_ao
+from qwt_fx.quant.quantizers import DEQUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
-_DEQUANTIZE = frozenset(
-    {
-        torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL,
-        torch_ao.DEQUANTIZE_PER_TOKEN, ops.DEQUANTIZE_LOG_SQRT2,
-    }
-)  # fmt: skip
-_QUANTIZE = frozenset(
-    {
-        torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_CHANNEL,
-        torch_ao.QUANTIZE_PER_TOKEN, ops.CHOOSE_QPARAMS_PER_TOKEN,
-        ops.QUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_AFFINE,
-    }
-)  # fmt: skip
 # Their constants are scales and biases, which stay exact.
-_KEEP = _DEQUANTIZE | _QUANTIZE | {INT8_LINEAR}
+_KEEP = DEQUANTIZE | QUANTIZE | {
+    ops.CHOOSE_QPARAMS_PER_TOKEN, ops.FAKE_QUANTIZE_LOG_SQRT2, ops.FAKE_QUANTIZE_AFFINE, INT8_LINEAR,
+}  # fmt: skip
 # Readers that take one dtype only: an input of the model is cast for them, directly or behind what
 # passes its dtype on, and for nothing else, because nothing else tells floating-point inputs from
 # token ids in a graph without shapes.
@@ -60,7 +49,7 @@ def cast_floating(gm: GraphModule, dtype: torch.dtype) -> None:
             _cast_constant(gm, node, dtype)
         elif node.op == "placeholder":
             _cast_for(gm, node, [u for u in node.users if _wants_one_dtype(u)], dtype)
-        elif is_call(node, _DEQUANTIZE):
+        elif is_call(node, DEQUANTIZE):
             _cast_for(gm, node, list(node.users), dtype)
         elif is_call(node, {INT8_LINEAR}) or (
             node.op == "call_function" and node.target not in _KEEP

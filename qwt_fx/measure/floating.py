@@ -13,19 +13,8 @@ from qwt_fx.graph.nodes import is_call, is_constant
 from qwt_fx.graph.pass_base import clean_up
 from qwt_fx.quant import operators as ops
 from qwt_fx.quant import torch_ao
+from qwt_fx.quant.quantizers import DEQUANTIZE, QUANTIZE
 
-_QUANTIZE = frozenset(
-    {
-        torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_CHANNEL, torch_ao.QUANTIZE_PER_TOKEN,
-        ops.QUANTIZE_LOG_SQRT2,
-    }
-)  # fmt: skip
-_DEQUANTIZE = frozenset(
-    {
-        torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL,
-        torch_ao.DEQUANTIZE_PER_TOKEN, ops.DEQUANTIZE_LOG_SQRT2,
-    }
-)  # fmt: skip
 _SIMULATE = frozenset({ops.FAKE_QUANTIZE_AFFINE, ops.FAKE_QUANTIZE_LOG_SQRT2})
 
 
@@ -38,7 +27,7 @@ def floating_graph(converted: GraphModule) -> GraphModule:
     gm = copy.deepcopy(converted)
     for node in list(gm.graph.nodes):
         source = node.args[0] if node.args else None
-        if is_call(node, _DEQUANTIZE) and is_call(source, _QUANTIZE):
+        if is_call(node, DEQUANTIZE) and is_call(source, QUANTIZE):
             node.replace_all_uses_with(source.args[0])  # type: ignore[union-attr]
         elif is_call(node, _SIMULATE):
             node.replace_all_uses_with(source)

@@ -27,6 +27,19 @@ from qwt_fx.quant import torch_ao
 from qwt_fx.quant.fake_quant import fake_quant_of, is_fake_quant
 from qwt_fx.text.text_length import uncut
 
+# What a converted graph's values pass into integers and out of them again.
+QUANTIZE = frozenset(
+    {
+        torch_ao.QUANTIZE_PER_TENSOR, torch_ao.QUANTIZE_PER_CHANNEL, torch_ao.QUANTIZE_PER_TOKEN,
+        ops.QUANTIZE_LOG_SQRT2,
+    }
+)  # fmt: skip
+DEQUANTIZE = frozenset(
+    {
+        torch_ao.DEQUANTIZE_PER_TENSOR, torch_ao.DEQUANTIZE_PER_CHANNEL,
+        torch_ao.DEQUANTIZE_PER_TOKEN, ops.DEQUANTIZE_LOG_SQRT2,
+    }
+)  # fmt: skip
 _PER_TENSOR = frozenset({torch_ao.DEQUANTIZE_PER_TENSOR})
 _PER_TOKEN = frozenset({torch_ao.DEQUANTIZE_PER_TOKEN})
 _PER_CHANNEL = frozenset({torch_ao.DEQUANTIZE_PER_CHANNEL})
